@@ -1,0 +1,1 @@
+"""The untrusted side: ciphertext storage and the supervisor. Holds no key."""
