@@ -65,6 +65,56 @@ class TemplateFailure(InvalidRequest):
     default_hint = "send a plain prompt instead (--raw, or /v1/completions)"
 
 
+class RequestTooLarge(InvalidRequest):
+    """The body of the request is larger than the server reads."""
+
+    code = "request_too_large"
+    http_status = 413
+
+
+class RequestTooSlow(InvalidRequest):
+    """The body of the request did not arrive in time."""
+
+    code = "request_too_slow"
+    http_status = 408
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The endpoint exists, but not for this HTTP method."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class ContentTypeRefused(InvalidRequest):
+    """The body of the request is not declared as JSON."""
+
+    code = "content_type_refused"
+    http_status = 415
+    default_hint = "send the header `Content-Type: application/json`"
+
+
+class HostRefused(InvalidRequest):
+    """The Host header names a host this server does not answer for (a defence against DNS rebinding)."""
+
+    code = "host_refused"
+    http_status = 403
+
+
+class ApiKeyWrong(InvalidRequest):
+    """The server wants an API key, and the request has none or another one."""
+
+    code = "api_key_wrong"
+    http_status = 401
+    default_hint = "send the header `Authorization: Bearer KEY`"
+
+
+class AddressInUse(Usage):
+    """Another program, or another FlexServe server, already listens there."""
+
+    code = "address_in_use"
+
+
 class NotFound(FlexServeError):
     """Nothing is there under that path."""
 
@@ -229,6 +279,14 @@ class WorldCrashed(EngineFailure):
     code = "world_crashed"
     http_status = 503
     default_hint = "send the request again"
+
+
+class ShuttingDown(EngineFailure):
+    """The server was told to stop while this request was in flight."""
+
+    code = "shutting_down"
+    http_status = 503
+    default_hint = "send the request again when the server is back"
 
 
 class Busy(EngineFailure):
