@@ -1,0 +1,308 @@
+"""A world without secrets: the fake engine behind the whole `World` protocol, in this process.
+
+A public test double, for our server and contract tests and for whoever writes a client: it queues, cancels,
+crashes and accounts memory like a real world, and protects nothing. Its "sealed models" are small JSON files
+(`write_fake_model`); a real sealed model is refused, so that nobody takes one for the other.
+
+It knows nothing of HTTP, keys and sealed files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import queue
+import threading
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from ..core import Event, Finished, ModelInfo, ModelStatus, Request, WorldStatus
+from ..engine.fake import FakeEngine
+from ..errors import (
+    Busy,
+    EngineFailure,
+    FlexServeError,
+    LicenceMalformed,
+    LicenceWrongDevice,
+    LicenceWrongModel,
+    ModelNotFound,
+    NotFound,
+    SealedMalformed,
+    SegmentNotAuthentic,
+    VendorNotTrusted,
+    WorldCrashed,
+)
+from .base import ModelSource
+
+DEVICE = "this device"
+VENDOR = "trusted vendor"
+
+
+def write_fake_model(
+    directory: Path,
+    name: str,
+    *,
+    context_tokens: int = 4096,
+    weight_bytes: int = 8 << 20,
+    vendor: str = VENDOR,
+    device: str = DEVICE,
+    licensed_model: str | None = None,
+) -> ModelSource:
+    """Write NAME.flex and NAME.lic as `FakeWorld` reads them, and say where they are."""
+    sealed, licence = directory / f"{name}.flex", directory / f"{name}.lic"
+    model = {
+        "fake": "model",
+        "id": name,
+        "version": 1,
+        "vendor": vendor,
+        "context_tokens": context_tokens,
+        "weight_bytes": weight_bytes,
+    }
+    sealed.write_text(json.dumps(model))
+    licence.write_text(json.dumps({"fake": "licence", "id": licensed_model or name, "device": device}))
+    return ModelSource(name, sealed, licence)
+
+
+@dataclasses.dataclass
+class _Model:
+    info: ModelInfo
+    resident_bytes: int = 0
+    poisoned: bool = False
+    requests: int = 0
+    last_used: float | None = None
+
+
+class FakeGeneration:
+    """One answer in progress (`worlds.base.Generation`)."""
+
+    def __init__(self, request: Request, accepted_s: float) -> None:
+        self.request = request
+        self.accepted_s = accepted_s
+        self.wake = threading.Event()  # set: stop computing
+        self.ended = False  # the consumer's last item is in the queue
+        self._items: queue.SimpleQueue[Event | FlexServeError] = queue.SimpleQueue()
+        self._consumed = False
+
+    def __iter__(self) -> FakeGeneration:
+        return self
+
+    def __next__(self) -> Event:
+        if self._consumed:
+            raise StopIteration
+        item = self._items.get()
+        if isinstance(item, FlexServeError):
+            self._consumed = True
+            raise item
+        if isinstance(item, Finished):
+            self._consumed = True
+        return item
+
+    def cancel(self) -> None:
+        self.wake.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked to stop."""
+        return self.wake.is_set()
+
+    def push(self, item: Event | FlexServeError) -> None:
+        if not self.ended:
+            self.ended = not isinstance(item, Event) or isinstance(item, Finished)
+            self._items.put(item)
+
+
+class FakeWorld:
+    """`worlds.base.World` over a `FakeEngine`. One answer is computed at a time, the others queue."""
+
+    name = "fake"
+
+    def __init__(self, engine: FakeEngine | None = None, *, max_waiting: int = 64) -> None:
+        self.engine = engine or FakeEngine()
+        self.max_waiting = max_waiting
+        self._clock = self.engine.clock
+        self._models: dict[str, _Model] = {}
+        self._changed = threading.Condition()
+        self._waiting: deque[FakeGeneration] = deque()
+        self._active: FakeGeneration | None = None
+        self._restarts = 0
+        self._started_s = 0.0
+        self._worker: threading.Thread | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        with self._changed:
+            if self._worker is None and not self._closed:
+                self._started_s = self._clock.now()
+                self._worker = threading.Thread(target=self._work, name="fake-world", daemon=True)
+                self._worker.start()
+
+    def register(self, source: ModelSource) -> ModelInfo:
+        self._check_running()
+        model = _read_json(source.sealed, "model", SealedMalformed)
+        if model["vendor"] != VENDOR:
+            raise VendorNotTrusted(f"{source.sealed} is signed by {model['vendor']!r}")
+        licence = _read_json(source.licence, "licence", LicenceMalformed)
+        if licence["id"] != model["id"]:
+            raise LicenceWrongModel(f"{source.licence} is for {licence['id']!r}, not {model['id']!r}")
+        if licence["device"] != DEVICE:
+            raise LicenceWrongDevice(f"{source.licence} is for {licence['device']!r}, not {DEVICE!r}")
+        info = ModelInfo(
+            name=source.name,
+            model_id=model["id"],
+            model_version=model["version"],
+            architecture="fake",
+            quantization="none",
+            parameters=model["weight_bytes"],
+            context_tokens=model["context_tokens"],
+            weight_bytes=model["weight_bytes"],
+            has_chat_template=True,
+        )
+        with self._changed:
+            self._models[source.name] = _Model(info)
+        return info
+
+    def generate(self, request: Request) -> FakeGeneration:
+        with self._changed:
+            self._check_running()
+            if request.model not in self._models:
+                raise ModelNotFound(f"no model {request.model!r} is registered")
+            if len(self._waiting) >= self.max_waiting:
+                raise Busy(f"{len(self._waiting)} requests are waiting already")
+            generation = FakeGeneration(request, self._clock.now())
+            self._waiting.append(generation)
+            self._changed.notify_all()
+        return generation
+
+    def recall(self, nbytes: int) -> int:
+        given = 0
+        with self._changed:
+            self._check_running()
+            for model in self._models.values():
+                taken = min(model.resident_bytes, nbytes - given)
+                model.resident_bytes -= taken
+                given += taken
+        return given
+
+    def status(self) -> WorldStatus:
+        with self._changed:
+            self._check_running()
+            now = self._clock.now()
+            return WorldStatus(
+                world=self.name,
+                pid=os.getpid(),
+                uptime_s=now - self._started_s,
+                active_requests=int(self._active is not None),
+                waiting_requests=len(self._waiting),
+                restarts=self._restarts,
+                flexmem="none: fake world",
+                models=tuple(
+                    ModelStatus(
+                        info=m.info,
+                        resident_bytes=m.resident_bytes,
+                        lazy_bytes=0,
+                        kv_bytes=0,
+                        poisoned=m.poisoned,
+                        requests=m.requests,
+                        last_used_s_ago=None if m.last_used is None else now - m.last_used,
+                    )
+                    for m in self._models.values()
+                ),
+            )
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._end_all("the world was closed")
+            self._changed.notify_all()
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join()
+
+    # What only a fake can do.
+
+    def crash(self) -> None:
+        """End as a secure world that died: answers in flight and waiting fail, models stay registered."""
+        with self._changed:
+            self._check_running()
+            self._restarts += 1
+            self._end_all("the secure world ended unexpectedly")
+            for model in self._models.values():
+                model.resident_bytes = 0
+
+    def poison(self, name: str) -> None:
+        """As if a segment of this model had failed authentication."""
+        with self._changed:
+            self._models[name].poisoned = True
+
+    def in_flight(self) -> list[FakeGeneration]:
+        """The answer being computed, then those waiting."""
+        with self._changed:
+            return ([self._active] if self._active else []) + list(self._waiting)
+
+    # Inside.
+
+    def _check_running(self) -> None:
+        if self._closed:
+            raise WorldCrashed("the world is closed", hint="")
+        if self._worker is None:
+            raise EngineFailure("the world was not started")
+
+    def _end_all(self, why: str) -> None:
+        for generation in ([self._active] if self._active else []) + list(self._waiting):
+            generation.push(WorldCrashed(why))
+            generation.wake.set()
+        self._waiting.clear()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                generation = self._active = self._waiting.popleft()
+                model = self._models[generation.request.model]
+                missing = model.info.weight_bytes - model.resident_bytes
+            try:
+                self._answer(generation, model, missing)
+            except FlexServeError as error:
+                generation.push(error)
+            except Exception as error:  # a bug of ours must not leave the client waiting
+                generation.push(EngineFailure(f"the fake engine failed: {type(error).__name__}"))
+            with self._changed:
+                self._active = None
+
+    def _answer(self, generation: FakeGeneration, model: _Model, missing: int) -> None:
+        if model.poisoned:
+            raise SegmentNotAuthentic(f"a segment of {model.info.name!r} failed authentication")
+        with self._changed:
+            model.resident_bytes = model.info.weight_bytes
+        events = self.engine.answer(
+            generation.request,
+            context_tokens=model.info.context_tokens,
+            wake=generation.wake,
+            accepted_s=generation.accepted_s,
+        )
+        for event in events:
+            if generation.ended:  # crashed meanwhile
+                return
+            if isinstance(event, Finished):
+                with self._changed:
+                    model.requests += 1
+                    model.last_used = self._clock.now()
+                event = dataclasses.replace(  # noqa: PLW2901
+                    event, timings=dataclasses.replace(event.timings, load_bytes=missing)
+                )
+            generation.push(event)
+
+
+def _read_json(path: Path, kind: str, malformed: type[FlexServeError]) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist") from None
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or data.get("fake") != kind:
+        raise malformed(f"{path} is not a fake {kind}, and the fake world knows no other")
+    return data
