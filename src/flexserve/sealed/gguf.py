@@ -14,13 +14,13 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ import numpy.typing as npt
 from ..errors import ModelMalformed, NotFound, StorageFailure
 from .ggml_types import FILE_TYPES, TENSOR_TYPES
 from .model_rules import check_model
+from .string_array import StringArray
 
 __all__ = [
     "GGUFHeader",
@@ -90,42 +91,6 @@ _DTYPES: Mapping[ValueType, np.dtype[Any]] = {
     ValueType.INT64: np.dtype("<i8"),
     ValueType.FLOAT64: np.dtype("<f8"),
 }
-
-
-class StringArray(Sequence[str]):
-    """An array of strings inside the header, decoded one at a time when asked for.
-
-    The bounds of every element have been checked; whether it is UTF-8 has not (vocabularies hold pieces of
-    characters): `[i]` replaces what is not, `raw(i)` gives the bytes.
-    """
-
-    __slots__ = ("_data", "_starts", "max_bytes", "total_bytes")
-
-    def __init__(self, data: bytes, starts: array[int], max_bytes: int, total_bytes: int) -> None:
-        self._data = data
-        self._starts = starts  # of each length field
-        self.max_bytes = max_bytes  # of the longest element
-        self.total_bytes = total_bytes
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def raw(self, index: int) -> bytes:
-        start = self._starts[index]
-        (length,) = _U64.unpack_from(self._data, start)
-        return self._data[start + 8 : start + 8 + length]
-
-    def raws(self) -> Iterator[bytes]:
-        return (self.raw(i) for i in range(len(self)))
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self.raw(index).decode("utf-8", "replace")
 
 
 NumberArray = npt.NDArray[Any]
