@@ -1,0 +1,225 @@
+/* The one thing Python cannot do: a ggml buffer type whose tensors lie where the sealed image puts them.
+ *
+ * llama.cpp loads a model once, from a skeleton: the real GGUF header and nothing behind it. Every weight
+ * gets an address in our arena and no data; the data arrive later, page by page, through userfaultfd.
+ *
+ * ggml's buffer interface is not installed as a header, so the structures below are declared here, for
+ * ggml 0.25.3 (llama-cpp-python 0.3.36). flexserve.flexmem.ggml checks them against the loaded library at
+ * start-up and refuses to go on when they differ. Nothing here links to ggml: its functions come in as
+ * pointers.
+ */
+#define _GNU_SOURCE
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+
+struct tensor; /* ggml_tensor: opaque, but for the one field at `data_at` */
+struct buffer;
+struct buffer_type;
+
+struct buffer_type_i {
+    const char *(*get_name)(struct buffer_type *);
+    struct buffer *(*alloc_buffer)(struct buffer_type *, size_t);
+    size_t (*get_alignment)(struct buffer_type *);
+    size_t (*get_max_size)(struct buffer_type *);
+    size_t (*get_alloc_size)(struct buffer_type *, const struct tensor *);
+    bool (*is_host)(struct buffer_type *);
+};
+
+struct buffer_type {
+    struct buffer_type_i iface;
+    void *device;
+    void *context;
+};
+
+struct buffer_i {
+    void (*free_buffer)(struct buffer *);
+    void *(*get_base)(struct buffer *);
+    int (*init_tensor)(struct buffer *, struct tensor *);
+    void (*memset_tensor)(struct buffer *, struct tensor *, uint8_t, size_t, size_t);
+    void (*set_tensor)(struct buffer *, struct tensor *, const void *, size_t, size_t);
+    void (*get_tensor)(struct buffer *, const struct tensor *, void *, size_t, size_t);
+    void (*set_tensor_2d)(struct buffer *, struct tensor *, const void *, size_t, size_t, size_t, size_t, size_t);
+    void (*get_tensor_2d)(struct buffer *, const struct tensor *, void *, size_t, size_t, size_t, size_t, size_t);
+    bool (*cpy_tensor)(struct buffer *, const struct tensor *, struct tensor *);
+    void (*clear)(struct buffer *, uint8_t);
+    void (*reset)(struct buffer *);
+};
+
+struct ggml_api {
+    struct buffer *(*buffer_init)(struct buffer_type *, struct buffer_i, void *, size_t);
+    const char *(*tensor_name)(const struct tensor *);
+    size_t (*tensor_nbytes)(const struct tensor *);
+    size_t data_at; /* offset of ggml_tensor.data, found and checked by the caller */
+};
+
+struct place {
+    char name[64];
+    uint64_t offset, nbytes;
+    uint32_t seen;
+};
+
+/* One per model. The type's name must differ from every other's: ggml keeps them in a map by name. */
+struct arena_type {
+    struct buffer_type type; /* first: a buffer_type * is an arena_type * */
+    char name[64];
+    struct ggml_api api;
+    uint8_t *base;
+    bool loading;
+    size_t count, buffers;
+    struct place *places; /* sorted by name */
+};
+
+/* ggml_backend_buffer, of which we only need the type, behind the interface. */
+struct buffer {
+    struct buffer_i iface;
+    struct buffer_type *type;
+};
+
+static struct arena_type *of(struct buffer *b) { return (struct arena_type *)b->type; }
+
+static int by_name(const void *a, const void *b) {
+    return strncmp(((const struct place *)a)->name, ((const struct place *)b)->name, 64);
+}
+
+static const char *get_name(struct buffer_type *t) { return ((struct arena_type *)t)->name; }
+static size_t get_alignment(struct buffer_type *t) { (void)t; return 64; }
+/* Not host memory while loading, so that the loader hands data to set_tensor (which drops it) instead of
+ * writing them itself; host memory afterwards, so that the CPU backend computes in place. */
+static bool is_host(struct buffer_type *t) { return !((struct arena_type *)t)->loading; }
+
+static void free_buffer(struct buffer *b) { of(b)->buffers--; }
+static void *get_base(struct buffer *b) { return of(b)->base; }
+
+static int init_tensor(struct buffer *b, struct tensor *t) {
+    struct arena_type *a = of(b);
+    struct place key = {0};
+    strncpy(key.name, a->api.tensor_name(t), sizeof key.name - 1);
+    struct place *p = bsearch(&key, a->places, a->count, sizeof *p, by_name);
+    if (p == NULL || p->nbytes != a->api.tensor_nbytes(t))
+        return -1; /* GGML_STATUS_FAILED: the load fails, llama.cpp says which buffer */
+    p->seen++;
+    *(void **)((uint8_t *)t + a->api.data_at) = a->base + p->offset;
+    return 0;
+}
+
+static void drop_set(struct buffer *b, struct tensor *t, const void *d, size_t o, size_t n) {
+    (void)b, (void)t, (void)d, (void)o, (void)n;
+}
+static void drop_memset(struct buffer *b, struct tensor *t, uint8_t v, size_t o, size_t n) {
+    (void)b, (void)t, (void)v, (void)o, (void)n;
+}
+static void drop_clear(struct buffer *b, uint8_t v) { (void)b, (void)v; }
+static void get_tensor(struct buffer *b, const struct tensor *t, void *out, size_t offset, size_t n) {
+    memcpy(out, *(uint8_t *const *)((const uint8_t *)t + of(b)->api.data_at) + offset, n);
+}
+
+static struct buffer *alloc_buffer(struct buffer_type *t, size_t size) {
+    struct arena_type *a = (struct arena_type *)t;
+    struct buffer_i iface = {
+        .free_buffer = free_buffer, .get_base = get_base, .init_tensor = init_tensor,
+        .memset_tensor = drop_memset, .set_tensor = drop_set, .get_tensor = get_tensor, .clear = drop_clear,
+    };
+    a->buffers++;
+    return a->api.buffer_init(t, iface, a, size);
+}
+
+struct arena_type *flex_type_new(const char *name, void *base, const struct ggml_api *api, size_t count) {
+    struct arena_type *a = calloc(1, sizeof *a);
+    if (a == NULL)
+        return NULL;
+    a->places = calloc(count ? count : 1, sizeof *a->places);
+    if (a->places == NULL) {
+        free(a);
+        return NULL;
+    }
+    a->type.iface = (struct buffer_type_i){.get_name = get_name, .alloc_buffer = alloc_buffer,
+                                           .get_alignment = get_alignment, .is_host = is_host};
+    strncpy(a->name, name, sizeof a->name - 1);
+    a->api = *api;
+    a->base = base;
+    a->loading = true;
+    return a;
+}
+
+void flex_type_place(struct arena_type *a, const char *tensor, uint64_t offset, uint64_t nbytes) {
+    struct place *p = &a->places[a->count++];
+    strncpy(p->name, tensor, sizeof p->name - 1);
+    p->offset = offset;
+    p->nbytes = nbytes;
+}
+
+void flex_type_sort(struct arena_type *a) { qsort(a->places, a->count, sizeof *a->places, by_name); }
+
+void flex_type_loaded(struct arena_type *a) { a->loading = false; }
+
+/* How many tensors of the table llama.cpp has given a place to. */
+size_t flex_type_seen(const struct arena_type *a) {
+    size_t n = 0;
+    for (size_t i = 0; i < a->count; i++)
+        n += a->places[i].seen > 0;
+    return n;
+}
+
+/* 0, or -1 while ggml still holds buffers of this type. */
+int flex_type_free(struct arena_type *a) {
+    if (a->buffers != 0)
+        return -1;
+    free(a->places);
+    free(a);
+    return 0;
+}
+
+/* The skeleton: a FILE with the header's bytes, of the GGUF's full size. Reads behind the header leave the
+ * caller's buffer as it is: nobody looks at it, since set_tensor drops it. */
+struct skeleton {
+    const uint8_t *header;
+    off64_t header_size, size, at;
+};
+
+static ssize_t skeleton_read(void *cookie, char *out, size_t n) {
+    struct skeleton *s = cookie;
+    if (s->at >= s->size)
+        return 0;
+    if ((off64_t)n > s->size - s->at)
+        n = (size_t)(s->size - s->at);
+    if (s->at < s->header_size) {
+        size_t real = (off64_t)n < s->header_size - s->at ? n : (size_t)(s->header_size - s->at);
+        memcpy(out, s->header + s->at, real);
+    }
+    s->at += (off64_t)n;
+    return (ssize_t)n;
+}
+
+static int skeleton_seek(void *cookie, off64_t *offset, int whence) {
+    struct skeleton *s = cookie;
+    off64_t at = *offset + (whence == SEEK_CUR ? s->at : whence == SEEK_END ? s->size : 0);
+    if (at < 0)
+        return -1;
+    *offset = s->at = at;
+    return 0;
+}
+
+static int skeleton_close(void *cookie) {
+    free(cookie);
+    return 0;
+}
+
+/* `header` must live until fclose. */
+FILE *flex_skeleton_open(const void *header, uint64_t header_size, uint64_t size) {
+    struct skeleton *s = malloc(sizeof *s);
+    if (s == NULL)
+        return NULL;
+    *s = (struct skeleton){header, (off64_t)header_size, (off64_t)size, 0};
+    FILE *f = fopencookie(s, "rb",
+        (cookie_io_functions_t){.read = skeleton_read, .seek = skeleton_seek, .close = skeleton_close});
+    if (f == NULL)
+        free(s);
+    return f;
+}
+
+int flex_skeleton_close(FILE *f) { return fclose(f); }
