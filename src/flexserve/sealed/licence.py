@@ -83,7 +83,7 @@ class Licence:
             raise LicenceMalformed("the licence's reserved fields are not zero")
         if model_id is None or not 1 <= model_version <= MAX_INTEGER:
             raise LicenceMalformed("the licence's model id or version is impossible")
-        if issued > MAX_TIME or (expires != NEVER and not issued <= expires <= MAX_TIME):
+        if issued > MAX_TIME or (expires > MAX_TIME and expires != NEVER):
             raise LicenceMalformed("the licence's times are impossible")
         if not 1 <= serial <= MAX_INTEGER:
             raise LicenceMalformed(f"the licence's serial is {serial}")
@@ -104,8 +104,8 @@ def issue(
 ) -> bytes:
     """Write a licence for one of the vendor's own sealed models.
 
-    Raises `KeyProblem` when the model was sealed with another key, `LicenceMalformed` when the dates make no
-    sense.
+    Raises `KeyProblem` when the model was sealed with another key, `LicenceMalformed` for times or serials
+    outside the format's limits.
     """
     m = sealed.manifest
     try:

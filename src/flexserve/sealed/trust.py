@@ -45,7 +45,7 @@ class TrustStore:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = default_trust_dir() if directory is None else directory
 
-    def keys(self) -> tuple[VendorPublicKey, ...]:
+    def vendors(self) -> tuple[VendorPublicKey, ...]:
         """Every trusted vendor, by id. Raises `KeyPermissions` when others could have added one."""
         try:
             paths = sorted(self.directory.iterdir())

@@ -1,0 +1,38 @@
+"""`flexserve seal`: encrypt and sign a GGUF model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..sealed.keyfile import load_vendor_key
+from ..sealed.seal import seal
+from .common import (
+    FILE,
+    human_bytes,
+    passphrase_option,
+    passphrase_source,
+    progress_bar,
+    sigterm_interrupts,
+)
+
+
+@click.command("seal")
+@click.argument("model", metavar="MODEL.gguf", type=FILE)
+@click.option("-o", "--output", "out", type=FILE, required=True, metavar="FILE", help="The sealed model.")
+@click.option("--vendor", type=FILE, required=True, metavar="FILE", help="The vendor's secret key.")
+@click.option("--id", "model_id", metavar="NAME", help="Model id. Default: made from the model's name.")
+@click.option("--version", type=int, default=1, show_default=True, help="Devices refuse to go back to less.")
+@passphrase_option
+def command(
+    *, model: Path, out: Path, vendor: Path, model_id: str | None, version: int, passphrase_file: Path | None
+) -> None:
+    """Encrypt and sign a GGUF model."""
+    key = load_vendor_key(vendor, passphrase_source(passphrase_file))
+    with sigterm_interrupts(), progress_bar("sealing") as progress:
+        manifest = seal(model, out, key, model_id, version, progress=progress)
+    click.echo(
+        f"{out}: {manifest.model_id} version {manifest.model_version}, "
+        f"{human_bytes(manifest.plan.file_bytes)} in {manifest.plan.segment_count} segments"
+    )
