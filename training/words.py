@@ -1,0 +1,231 @@
+"""Names, rooms, apps, things to be reminded of and things to say: what sentences are filled with.
+
+Every list is split once into a training part and a held-out part; a `Words` draws from one of the two only.
+A share of the fillers is made of invented words, so that the model learns to copy what it has never seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from random import Random
+
+from .text import items
+
+HELD_OUT_SHARE = 0.15
+
+
+def is_held_out(item: str, share: float = HELD_OUT_SHARE) -> bool:
+    """Whether a list item belongs to the held-out part; depends on the item alone."""
+    return int.from_bytes(hashlib.sha256(item.encode()).digest()[:4], "big") < share * (1 << 32)
+
+
+_LISTS = items("words")
+_COLORS, _VERBS, _TAILS = _LISTS["colors"], _LISTS["verbs"], _LISTS["tails"]
+_ADJECTIVES, _PLACES = _LISTS["adjectives"], _LISTS["places"]
+# The two sides of the split share these: they carry the grammar, not what is copied.
+SHARED = frozenset({"colors", "verbs", "verbs to people", "verbs to items", "tails", "adjectives", "places"})
+SHARED |= {"occasions", "news", "onsets"}
+_VOWELS = ["a", "e", "i", "o", "u", "a", "e", "i", "o", "ai", "ee", "ou", "ia", "ya", "oo", "ei"]
+_CODAS = ["", "", "", "n", "r", "s", "l", "m", "t", "k", "d", "x", "nd", "rt", "sh", "ng", "ff", "lls", "ck"]
+
+
+def _part(items: Sequence[str], held_out: bool) -> list[str]:
+    return [item for item in items if is_held_out(item) == held_out]
+
+
+class Words:
+    """Draws fillers from one side of the split."""
+
+    def __init__(self, held_out: bool) -> None:
+        self.held_out = held_out
+        part = {name: _part(listed, held_out) for name, listed in _LISTS.items() if name not in SHARED}
+        self._names, self._surnames, self._relations = part["names"], part["surnames"], part["relations"]
+        self._rooms, self._apps = part["rooms"], part["apps"]
+        self._items, self._things, self._activities = part["items"], part["things"], part["activities"]
+        self._events, self._clauses = part["events"], part["clauses"]
+        every = {
+            word
+            for name, listed in _LISTS.items()
+            if name != "onsets"
+            for item in listed
+            for word in item.split()
+        }
+        self._any = _part(sorted(every), held_out)
+
+    def invented(self, rng: Random) -> str:
+        """A word that is in no dictionary, lower case."""
+        if rng.random() < 0.25:
+            return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8)))
+        if rng.random() < 0.06:
+            return (
+                rng.choice(_LISTS["onsets"])
+                + rng.choice("áéíóúäöüøåñçßłšžćêèàôî")
+                + rng.choice(_LISTS["onsets"])
+                + rng.choice(_VOWELS)
+            )
+        syllables = [
+            rng.choice(_LISTS["onsets"]) + rng.choice(_VOWELS) for _ in range(rng.choice([1, 2, 2, 3]))
+        ]
+        return "".join(syllables) + rng.choice(_CODAS)
+
+    def name(self, rng: Random) -> str:
+        return rng.choice(self._names) if rng.random() < 0.6 else self.invented(rng).capitalize()
+
+    def surname(self, rng: Random) -> str:
+        return rng.choice(self._surnames) if rng.random() < 0.5 else self.invented(rng).capitalize()
+
+    def person(self, rng: Random) -> tuple[str, str]:
+        """(as said, as the call names them): ("my sister", "sister"), ("Anna Berg", "Anna Berg")."""
+        style = rng.random()
+        if style < 0.62:
+            name = self.name(rng)
+            return name, name
+        if style < 0.72:
+            name = f"{self.name(rng)} {self.surname(rng)}"
+            return name, name
+        if style < 0.80:
+            title = rng.choice(
+                ["Dr.", "Dr", "Mr.", "Mrs.", "Mr", "Ms", "Aunt", "Uncle", "Professor", "Grandma"]
+            )
+            name = f"{title} {self.surname(rng) if title[-1] in '.rs' else self.name(rng)}"
+            return name, name
+        relation = rng.choice(self._relations) if rng.random() < 0.85 else self.invented(rng)
+        if style < 0.86 and relation in {"mum", "mom", "dad", "grandma", "grandpa"}:
+            name = relation if rng.random() < 0.5 else relation.capitalize()
+            return name, name
+        return f"{rng.choice(['my', 'my', 'my', 'the', 'our'])} {relation}", relation
+
+    def room(self, rng: Random) -> tuple[str, str]:
+        """(with article, without): ("the kitchen", "kitchen"), ("Leo's room", "Leo's room")."""
+        style = rng.random()
+        if style < 0.12:
+            room = f"{self.name(rng)}'s {rng.choice(['room', 'room', 'bedroom', 'office', 'desk'])}"
+            return room, room
+        if style < 0.66:
+            room = rng.choice(self._rooms)
+        elif style < 0.76:
+            room = (
+                f"{rng.choice(self._any).lower()} {rng.choice(['room', 'corner', 'area', 'hall', 'floor'])}"
+            )
+        elif style < 0.84:
+            room = f"{self.invented(rng)} {rng.choice(['room', 'corner', 'wing', 'house'])}"
+        else:
+            room = self.invented(rng)
+        return f"{rng.choice(['the', 'the', 'the', 'the', 'my', 'our'])} {room}", room
+
+    def app(self, rng: Random) -> str:
+        if rng.random() < 0.7:
+            return rng.choice(self._apps)
+        word = self.invented(rng).capitalize()
+        return word + rng.choice(["", "", "", "App", "Chat", " News", " Mail", "ly"])
+
+    def color(self, rng: Random) -> str:
+        return rng.choice(_COLORS)
+
+    def item(self, rng: Random) -> str:
+        one = (
+            rng.choice(self._items)
+            if rng.random() < 0.85
+            else f"{self.invented(rng)} {rng.choice(self._items)}"
+        )
+        if rng.random() < 0.2:
+            one += f"{rng.choice([' and', ',', ' or'])} {rng.choice(self._items)}"
+        return one
+
+    def salad(self, rng: Random, longest: int = 6) -> str:
+        """Words that do not belong together: nothing to rely on but copying."""
+        words = [
+            rng.choice(self._any) if rng.random() < 0.6 else self.invented(rng)
+            for _ in range(rng.randint(1, longest))
+        ]
+        if rng.random() < 0.15:
+            words.insert(
+                rng.randrange(len(words) + 1), str(rng.choice([rng.randint(2, 99), rng.randint(100, 2030)]))
+            )
+        return " ".join(words)
+
+    def task(self, rng: Random) -> str:
+        """Something to do, as it follows "remind me to"."""
+        style = rng.random()
+        who = self.person(rng)[0]
+        if style < 0.30:
+            text = f"{rng.choice(_VERBS)} {rng.choice(self._things)}"
+        elif style < 0.44:
+            verb = rng.choice(_LISTS["verbs to people"])
+            text = f"call {who} back" if verb == "call back" else f"{verb} {who}"
+            if verb == "wish":
+                text += " a happy birthday"
+            elif rng.random() < 0.3:
+                text += f" about {rng.choice(self._things)}"
+        elif style < 0.58:
+            text = f"{rng.choice(_LISTS['verbs to items'])} {self.item(rng)}"
+            if rng.random() < 0.2:
+                text += f" for {who}"
+        elif style < 0.74:
+            text = rng.choice(self._activities)
+        elif style < 0.82:
+            verb = rng.choice(["pick up", "ask", "help", "drive", "collect", "invite", "tell", "remind"])
+            text = f"{verb} {who}" + rng.choice(["", "", f" with {rng.choice(self._things)}", "'s parents"])
+        elif style < 0.9:
+            text = f"{rng.choice(_VERBS)} the {self.invented(rng)}"
+        else:
+            return f"{rng.choice(_VERBS)} {self.salad(rng, 4)}"
+        if rng.random() < 0.22:
+            text += f" {rng.choice(_TAILS)}"
+        return text
+
+    def event(self, rng: Random) -> str:
+        """Something to think of, as it follows "remind me about"."""
+        style = rng.random()
+        if style < 0.5:
+            text = rng.choice(self._events)
+        elif style < 0.62:
+            text = f"{self.name(rng)}'s {rng.choice(_LISTS['occasions'])}"
+        elif style < 0.72:
+            text = rng.choice(self._things)
+        elif style < 0.82:
+            text = f"the {self.invented(rng)} {rng.choice(_LISTS['occasions'])}"
+        elif style < 0.9:
+            text = (
+                f"{rng.choice(['dinner', 'lunch', 'coffee', 'a call', 'drinks'])} with {self.person(rng)[0]}"
+            )
+        else:
+            return self.salad(rng, 4)
+        if rng.random() < 0.15:
+            text += rng.choice(
+                [
+                    f" with {self.name(rng)}",
+                    f" at {rng.choice(_PLACES)}",
+                    " in town",
+                    f" in {self.surname(rng)}",
+                ]
+            )
+        return text
+
+    def clause(self, rng: Random) -> str:
+        """Something to say to somebody."""
+        style = rng.random()
+        if style < 0.45:
+            text = rng.choice(self._clauses)
+        elif style < 0.57:
+            verb = rng.choice(["is", "is", "was", "is still", "will be"])
+            text = f"{rng.choice(self._things)} {verb} {rng.choice(_ADJECTIVES)}"
+        elif style < 0.67:
+            text = (
+                f"I'm at {rng.choice(_PLACES)}" if rng.random() < 0.4 else f"meet me at {rng.choice(_PLACES)}"
+            )
+        elif style < 0.77:
+            lead = rng.choice(
+                ["can you", "could you", "please", "I need to", "we have to", "you should", "I'll", "let's"]
+            )
+            text = f"{lead} {self.task(rng)}"
+        elif style < 0.84:
+            text = f"we need {self.item(rng)}"
+        elif style < 0.90:
+            text = f"{self.name(rng)} {rng.choice(_LISTS['news'])}"
+        else:
+            text = self.salad(rng, 7)
+        if rng.random() < 0.18:
+            text += rng.choice([", ", " and ", " but ", ". "]) + rng.choice(self._clauses)
+        return text
