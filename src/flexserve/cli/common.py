@@ -92,6 +92,8 @@ def device_key_option(*, required: bool) -> Callable[[F], F]:
         "--device-key",
         metavar="SOURCE",
         required=required,
+        envvar="FLEXSERVE_DEVICE_KEY",
+        show_envvar=True,
         help="The device's secret key: a file, or credential:NAME in a systemd service.",
     )
 

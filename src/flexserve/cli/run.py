@@ -1,0 +1,334 @@
+"""`flexserve run`: answer one prompt, or talk, with a sealed model of its own or one a server has."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import click
+
+from ..core import Event, Finished, FinishReason, Message, Request, Sampling, Token
+from ..errors import FlexServeError, InvalidRequest, ModelNotFound, NotFound, ServerNotFound, Usage
+from ..worlds import WorldOptions, make_world
+from ..worlds.base import Generation
+from .common import (
+    FILE,
+    device_key_option,
+    print_error,
+    sigterm_interrupts,
+    vendor_pub_option,
+)
+from .display import breakdown, note, summary, write_answer
+from .world_options import admin_socket_option, model_source, world_options
+
+DEFAULTS = Sampling()
+EXIT_INTERRUPTED = 130  # as shells report SIGINT
+
+
+class Answerer(Protocol):
+    """A world or a server."""
+
+    def generate(self, request: Request) -> Generation: ...
+
+
+@dataclass(frozen=True)
+class _Started:
+    """Something that answers, under which model name, and what starting it took."""
+
+    answerer: Answerer
+    model: str
+    start_s: float = 0.0
+    register_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What every request of this call has in common."""
+
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    sampling: Sampling
+    system: str | None
+    raw: bool
+    verbose: bool
+
+
+@click.command("run")
+@click.argument("model", metavar="MODEL")
+@click.argument("prompt", required=False)
+@click.option(
+    "--license", "licence", type=FILE, metavar="M.lic", help="Default: the .lic file beside the model."
+)
+@device_key_option(required=False)
+@vendor_pub_option
+@click.option("--raw", is_flag=True, help="Take the prompt as it is, without the model's chat template.")
+@click.option("--system", metavar="TEXT", help="A system message before the prompt.")
+@click.option(
+    "--temperature",
+    type=float,
+    metavar="T",
+    default=DEFAULTS.temperature,
+    show_default=True,
+    help="0: greedy.",
+)
+@click.option(
+    "--top-k",
+    type=int,
+    metavar="K",
+    default=DEFAULTS.top_k,
+    show_default=True,
+    help="The K likeliest; 0: off.",
+)
+@click.option(
+    "--top-p", type=float, metavar="P", default=DEFAULTS.top_p, show_default=True, help="Nucleus; 1: off."
+)
+@click.option(
+    "--min-p",
+    type=float,
+    metavar="P",
+    default=DEFAULTS.min_p,
+    show_default=True,
+    help="At least P of the likeliest; 0: off.",
+)
+@click.option(
+    "--repeat-penalty",
+    type=float,
+    metavar="R",
+    default=DEFAULTS.repeat_penalty,
+    show_default=True,
+    help="Over the last 64 tokens; 1: off.",
+)
+@click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable. Default: a fresh one.")
+@click.option("--max-tokens", type=int, metavar="N", help="Default: as many as fit the context.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable.")
+@world_options
+@admin_socket_option
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object (docs/schemas/run.json), not streamed."
+)
+@click.option("--verbose", is_flag=True, help="Show where the time went, line by line.")
+def command(
+    *,
+    model: str,
+    prompt: str | None,
+    licence: Path | None,
+    device_key: str | None,
+    vendor_pub: Path | None,
+    raw: bool,
+    system: str | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repeat_penalty: float,
+    seed: int | None,
+    max_tokens: int | None,
+    stop: tuple[str, ...],
+    world_name: str,
+    threads: int | None,
+    context_tokens: int | None,
+    admin_socket: Path | None,
+    as_json: bool,
+    verbose: bool,
+) -> int:
+    """Answer PROMPT with MODEL; without PROMPT, talk (on a terminal) or read the prompt from stdin.
+
+    MODEL is a sealed model file, started for this call, or the name of a model that a running server has.
+    The answer goes to stdout as it comes, a line about its times to stderr.
+    """
+    if raw and system is not None:
+        raise Usage("--raw has no place for a system message", hint="leave out --raw or --system")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+    settings = _Settings(max_tokens, stop, sampling, system, raw, verbose)
+    text = _prompt(prompt)
+    if text is None and (as_json or raw):
+        raise Usage(f"{'--json' if as_json else '--raw'} needs a prompt", hint="give one, or pipe it in")
+    _request(settings, "check", _turn(settings, text or "x"))  # refuse bad values before starting anything
+
+    with sigterm_interrupts():
+        if _is_file(model):
+            options = WorldOptions(device_key, vendor_pub, threads, context_tokens)
+            opened = _own_world(world_name, options, Path(model), licence)
+        else:
+            opened = _server(model, admin_socket)
+        with opened as started:
+            if text is None:
+                return _talk(started, settings)
+            return _answer_once(started, settings, text, as_json=as_json)
+
+
+def _is_file(model: str) -> bool:
+    return "/" in model or model.endswith(".flex") or Path(model).exists()
+
+
+def _prompt(argument: str | None) -> str | None:
+    """The prompt given or piped in; None: there is a terminal to talk on. Raises `Usage`."""
+    if argument is None and sys.stdin.isatty():
+        return None
+    if argument is None or argument == "-":
+        try:
+            text = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError:
+            raise Usage("the prompt on stdin is not UTF-8") from None
+        text = text.removesuffix("\n")
+    else:
+        text = argument
+        if any("\ud800" <= c <= "\udfff" for c in text):  # how Python passes on other bytes
+            raise Usage("the prompt is not UTF-8")
+    if not text:
+        raise Usage("the prompt is empty")
+    return text
+
+
+@contextmanager
+def _own_world(
+    world_name: str, options: WorldOptions, sealed: Path, licence: Path | None
+) -> Iterator[_Started]:
+    """A world for this call, with the model registered."""
+    source = model_source(sealed.stem[:128], sealed, licence)
+    world = make_world(world_name, options)
+    try:
+        begun = time.monotonic()
+        world.start()
+        started = time.monotonic()
+        world.register(source)
+        yield _Started(world, source.name, started - begun, time.monotonic() - started)
+    finally:
+        world.close()
+
+
+@contextmanager
+def _server(name: str, admin_socket: Path | None) -> Iterator[_Started]:
+    """The running server, if it has the model."""
+    from ..server.client import ServerClient
+
+    try:
+        client = ServerClient(admin_socket)
+    except ServerNotFound as error:
+        raise NotFound(
+            f"{name!r} is no file, and {error.message}", hint="give a .flex file, or start `flexserve serve`"
+        ) from None
+    with client:
+        names = [info.name for info in client.models()]
+        if name not in names:
+            raise ModelNotFound(f"{name!r} is no file, and the server has only {', '.join(names)}")
+        yield _Started(client, name)
+
+
+def _turn(settings: _Settings, text: str, history: tuple[Message, ...] = ()) -> tuple[Message, ...] | str:
+    if settings.raw:
+        return text
+    system = (Message("system", settings.system),) if settings.system is not None else ()
+    return (*system, *history, Message("user", text))
+
+
+_numbers = itertools.count(1)
+
+
+def _request(settings: _Settings, model: str, prompt: tuple[Message, ...] | str) -> Request:
+    return Request(
+        id=f"run-{next(_numbers)}",
+        model=model,
+        messages=None if isinstance(prompt, str) else prompt,
+        prompt=prompt if isinstance(prompt, str) else None,
+        max_tokens=settings.max_tokens,
+        stop=settings.stop,
+        sampling=settings.sampling,
+    )
+
+
+def _read(answerer: Answerer, request: Request, show: Callable[[str], None]) -> Finished:
+    """The whole answer, shown piece by piece. Ctrl-C cancels it, and again gives up waiting for its end."""
+    generation = answerer.generate(request)
+    shown = ""
+    interrupted = False
+    while True:
+        try:
+            event: Event = next(generation)
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            generation.cancel()
+            continue
+        except BaseException:
+            generation.cancel()
+            raise
+        if isinstance(event, Token):
+            shown += event.text
+            show(event.text)
+        else:
+            show(event.text[len(shown) :])
+            return event
+
+
+def _answer_once(started: _Started, settings: _Settings, text: str, *, as_json: bool) -> int:
+    """The exit code: 0, or 130 after Ctrl-C."""
+    request = _request(settings, started.model, _turn(settings, text))
+    finished = _read(started.answerer, request, (lambda _: None) if as_json else write_answer)
+    cancelled = finished.finish_reason == FinishReason.CANCELLED
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.encode(finished))  # one line: a token id on each would bury the rest
+    elif not finished.text.endswith("\n"):
+        write_answer("\n")
+    _note_times(started, settings, finished, first=True)
+    return EXIT_INTERRUPTED if cancelled else 0
+
+
+def _note_times(started: _Started, settings: _Settings, finished: Finished, *, first: bool) -> None:
+    if settings.verbose and finished.finish_reason != FinishReason.CANCELLED:
+        start_s, register_s = (started.start_s, started.register_s) if first else (0.0, 0.0)
+        note(breakdown(finished.timings, start_s=start_s, register_s=register_s))
+    else:
+        note(f"[{summary(finished)}]")
+
+
+def _talk(started: _Started, settings: _Settings) -> int:
+    """A conversation on the terminal. It is kept in memory only: no history file."""
+    import readline  # noqa: F401  # gives input() line editing
+
+    note(f"{started.model}: Ctrl-C stops an answer, /clear forgets the conversation, /exit or Ctrl-D ends")
+    history: tuple[Message, ...] = ()
+    first = True
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            click.echo()
+            return 0
+        except KeyboardInterrupt:
+            click.echo()
+            continue
+        except UnicodeDecodeError:
+            print_error(InvalidRequest("that line is not UTF-8"))
+            continue
+        if text == "/exit":
+            return 0
+        if text == "/clear":
+            history = ()
+            note("forgotten")
+            continue
+        if not text:
+            continue
+        if text.startswith("/") and " " not in text:
+            note("there are /clear and /exit")
+            continue
+        try:
+            turn = _turn(settings, text, history)
+            finished = _read(started.answerer, _request(settings, started.model, turn), write_answer)
+        except FlexServeError as error:
+            click.echo()
+            print_error(error)
+            continue
+        write_answer("\n")
+        _note_times(started, settings, finished, first=first)
+        first = False
+        history += (Message("user", text), Message("assistant", finished.text))

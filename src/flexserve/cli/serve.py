@@ -1,0 +1,172 @@
+"""`flexserve serve`: models over an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..core import WorldStatus
+from ..errors import KeyPermissions, KeyProblem, Usage
+from ..worlds import WorldOptions, make_world
+from ..worlds.base import ModelSource
+from .common import FILE, device_key_option, human_bytes, opened, sigterm_interrupts, vendor_pub_option
+from .display import note, printable, seconds, warn
+from .world_options import admin_socket_option, model_source, world_options
+
+if TYPE_CHECKING:
+    from ..server.gateway import Gateway
+
+MIN_KEY_CHARS = 16
+PROTECTION = {
+    "linux": "linux world: weights, prompts and KV are kept from other users, core dumps and logs; "
+    "not from root, nor from this user (docs/threat-model.md, `flexserve doctor`)",
+    "fake": "fake world: NOTHING is protected, and answers are echoes",
+}
+
+
+class ModelOption(click.ParamType[Any]):
+    """NAME=M.flex[,M.lic]"""
+
+    name = "NAME=M.flex[,M.lic]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        if not isinstance(value, str):
+            return value
+        name, equals, paths = value.partition("=")
+        sealed, comma, licence = paths.rpartition(",") if "," in paths else (paths, "", "")
+        if not equals or not sealed or (comma and not licence) or not 1 <= len(name) <= 128:
+            self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
+        if not name.isprintable():
+            self.fail(f"the name {name!r} has characters that cannot be printed", param, ctx)
+        return name, Path(sealed), Path(licence) if licence else None
+
+
+@click.command("serve")
+@click.option(
+    "--model",
+    "models",
+    type=ModelOption(),
+    required=True,
+    multiple=True,
+    help="A model to serve, and its name. The licence: by default the .lic beside the .flex. Repeatable.",
+)
+@device_key_option(required=False)
+@vendor_pub_option
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, metavar="HOST", help="The address to listen on."
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    metavar="PORT",
+    help="The port to listen on; 0: any free one.",
+)
+@click.option(
+    "--allow-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A host name clients may use for this server, besides IP addresses and localhost. Repeatable.",
+)
+@click.option(
+    "--api-key-file",
+    type=FILE,
+    metavar="FILE",
+    help="Answer only clients that send `Authorization: Bearer KEY` with the key in this file (0600).",
+)
+@world_options
+@admin_socket_option
+def command(
+    *,
+    models: tuple[tuple[str, Path, Path | None], ...],
+    device_key: str | None,
+    vendor_pub: Path | None,
+    host: str,
+    port: int,
+    allowed_hosts: tuple[str, ...],
+    api_key_file: Path | None,
+    world_name: str,
+    threads: int | None,
+    context_tokens: int | None,
+    admin_socket: Path | None,
+) -> None:
+    """Serve models over an OpenAI-compatible API (docs/api.md) until Ctrl-C or SIGTERM."""
+    from ..server.gate import HostRule
+    from ..server.gateway import Gateway
+    from ..server.listen import AdminSocket, default_admin_path, is_loopback, listen_tcp, url
+    from ..server.serve import Server
+
+    names = [name for name, _, _ in models]
+    if len(set(names)) < len(names):
+        raise Usage("two models have the same name", hint="give each --model its own NAME=")
+    sources = [model_source(*model) for model in models]
+    api_key = None if api_key_file is None else read_api_key(api_key_file)
+    world = make_world(world_name, WorldOptions(device_key, vendor_pub, threads, context_tokens))
+
+    # Both sockets first: a port in use should not be found out after loading models.
+    sock = listen_tcp(host, port)
+    admin = AdminSocket(admin_socket or default_admin_path())
+    try:
+        with sigterm_interrupts():  # until the server has its own signal handlers
+            world.start()
+            gateway = Gateway(world)
+            for source in sources:
+                _register(gateway, source)
+            status = world.status()
+            loopback = is_loopback(sock)
+            address = url(sock)
+
+            def ready() -> None:
+                _say_ready(address, names, status)
+                if not loopback:
+                    _warn_open(address, has_key=api_key is not None)
+
+            hosts = HostRule(loopback=loopback, names=allowed_hosts)
+            Server(gateway, sock, hosts=hosts, admin=admin, api_key=api_key).run(ready)
+    finally:
+        world.close()
+        sock.close()
+        admin.close()
+
+
+def read_api_key(path: Path) -> bytes:
+    """The key in a file only this user can read. Raises `NotFound`, `KeyProblem`."""
+    with opened(path, "API key file") as fd:
+        if stat.S_IMODE(os.fstat(fd).st_mode) & 0o077:
+            raise KeyPermissions(f"{path} is open to other users", hint=f"chmod 600 {path}")
+        key = os.read(fd, 4096).strip()
+    if len(key) < MIN_KEY_CHARS or not key.isascii() or not key.decode().isprintable() or b" " in key:
+        raise KeyProblem(
+            f"{path} has no API key: one line of at least {MIN_KEY_CHARS} ASCII characters without spaces",
+            hint="make one with `openssl rand -hex 32`",
+        )
+    return key
+
+
+def _register(gateway: Gateway, source: ModelSource) -> None:
+    before = time.monotonic()
+    info = gateway.register(source)
+    note(
+        f"{source.name}: {printable(info.model_id)} version {info.model_version}, "
+        f"{human_bytes(info.weight_bytes)}, registered in {seconds(time.monotonic() - before)}"
+    )
+
+
+def _say_ready(address: str, names: list[str], status: WorldStatus) -> None:
+    click.echo(f"FlexServe is ready at {address} with {', '.join(names)}")
+    note(f"protection: {PROTECTION[status.world]}")
+    if status.flexmem.startswith("none") and status.world != "fake":
+        warn(f"no Flex-Mem ({status.flexmem}): models are loaded fully before they compute")
+
+
+def _warn_open(address: str, *, has_key: bool) -> None:
+    warn(f"{address} is open to the network: prompts and answers cross it in clear")
+    if not has_key:
+        warn("everybody who reaches it may use it: give --api-key-file FILE")
