@@ -29,7 +29,7 @@ from .gguf import GGUFHeader, check_model, describe, read_header
 from .keys import VendorKey
 from .layout import plan_layout
 
-THREADS = 2  # more than two only wait for the storage
+THREADS = 3  # two compute while one waits for the storage
 CHUNK_BYTES = SEGMENT_SIZE  # a multiple of every unit; what a thread works on at a time
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in total
