@@ -20,8 +20,7 @@ def command(*, as_json: bool, admin_socket: Path | None) -> None:
 
     from ..server.client import ServerClient
 
-    with ServerClient(admin_socket) as server:
-        models = server.models()
+    models = ServerClient(admin_socket).models()
     if as_json:
         print_json({"models": msgspec.to_builtins(models)})
     else:

@@ -20,8 +20,7 @@ def command(*, as_json: bool, admin_socket: Path | None) -> None:
 
     from ..server.client import ServerClient
 
-    with ServerClient(admin_socket) as server:
-        status = server.ps()
+    status = ServerClient(admin_socket).ps()
     if as_json:
         print_json(msgspec.to_builtins(status))
     else:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 import click
 
-from ..core import Event, Finished, FinishReason, Message, Request, Sampling, Token
-from ..errors import FlexServeError, InvalidRequest, ModelNotFound, NotFound, ServerNotFound, Usage
+from ..core import Finished, FinishReason, Message, Request, Sampling
+from ..errors import (
+    EngineFailure,
+    FlexServeError,
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+    ServerNotFound,
+    Usage,
+)
 from ..worlds import WorldOptions, make_world
 from ..worlds.base import Generation
 from .common import (
@@ -214,11 +225,10 @@ def _server(name: str, admin_socket: Path | None) -> Iterator[_Started]:
         raise NotFound(
             f"{name!r} is no file, and {error.message}", hint="give a .flex file, or start `flexserve serve`"
         ) from None
-    with client:
-        names = [info.name for info in client.models()]
-        if name not in names:
-            raise ModelNotFound(f"{name!r} is no file, and the server has only {', '.join(names)}")
-        yield _Started(client, name)
+    names = [info.name for info in client.models()]
+    if name not in names:
+        raise ModelNotFound(f"{name!r} is no file, and the server has only {', '.join(names)}")
+    yield _Started(client, name)
 
 
 def _turn(settings: _Settings, text: str, history: tuple[Message, ...] = ()) -> tuple[Message, ...] | str:
@@ -246,26 +256,41 @@ def _request(settings: _Settings, model: str, prompt: tuple[Message, ...] | str)
 def _read(answerer: Answerer, request: Request, show: Callable[[str], None]) -> Finished:
     """The whole answer, shown piece by piece. Ctrl-C cancels it, and again gives up waiting for its end."""
     generation = answerer.generate(request)
-    shown = ""
-    interrupted = False
-    while True:
-        try:
-            event: Event = next(generation)
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            generation.cancel()
-            continue
-        except BaseException:
-            generation.cancel()
-            raise
-        if isinstance(event, Token):
-            shown += event.text
-            show(event.text)
-        else:
-            show(event.text[len(shown) :])
-            return event
+    shown = 0
+    try:
+        with _ctrl_c(generation.cancel):
+            for event in generation:
+                show(event.text[shown:] if isinstance(event, Finished) else event.text)
+                if isinstance(event, Finished):
+                    return event
+                shown += len(event.text)
+    except BaseException:
+        generation.cancel()
+        raise
+    raise EngineFailure("the answer ended without saying why")
+
+
+@contextmanager
+def _ctrl_c(cancel: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `cancel` once, then raises KeyboardInterrupt.
+
+    Not by catching KeyboardInterrupt: that may be raised between any two steps of reading an answer.
+    """
+    pressed = False
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        # In a thread: the one interrupted here may hold a lock that `cancel` needs.
+        threading.Thread(target=cancel, daemon=True).start()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _answer_once(started: _Started, settings: _Settings, text: str, *, as_json: bool) -> int:

@@ -5,17 +5,22 @@ Knows the admin socket's path and the server's answers, nothing of terminals.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
-from collections.abc import Generator, Iterator
+import socket
+from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
 import msgspec
 
 from ..core import Event, Finished, FinishReason, ModelInfo, Request, Timings, Token, WorldStatus
 from ..errors import EngineFailure, FlexServeError, ServerNotFound, WorldCrashed, by_code
 from .listen import check_private, default_admin_path
+
+TIMEOUT_S = 30.0
 
 T = TypeVar("T")
 
@@ -55,8 +60,19 @@ class _Chunk(msgspec.Struct):
     error: _ErrorBody | None = None
 
 
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
 class ServerClient:
-    """One server, by its admin socket. A context manager.
+    """One server, by its admin socket.
 
     Every call raises `ServerNotFound` when none answers there, else the error the server reports.
     """
@@ -67,15 +83,6 @@ class ServerClient:
         if not os.path.lexists(self.path):
             raise ServerNotFound(f"no FlexServe server has the admin socket {self.path}")
         check_private(self.path.parent)  # else somebody else's program may be listening
-        self._http = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(self.path)), base_url="http://localhost", timeout=30
-        )
-
-    def __enter__(self) -> ServerClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.close()
 
     def ps(self) -> WorldStatus:
         return self._get("/admin/ps", WorldStatus)
@@ -85,55 +92,69 @@ class ServerClient:
 
     def generate(self, request: Request) -> ServerGeneration:
         """As `World.generate`, but every error comes from the iteration, and the server chooses the id."""
-        return ServerGeneration(self._http, self.path, request)
+        return ServerGeneration(self.path, request)
 
-    def _get(self, path: str, cls: type[T]) -> T:
+    def _get(self, endpoint: str, cls: type[T]) -> T:
+        connection = _UnixConnection(self.path, TIMEOUT_S)
         try:
-            response = self._http.get(path)
-        except httpx.HTTPError as error:
+            connection.request("GET", endpoint)
+            response = connection.getresponse()
+            body = response.read()
+        except (OSError, http.client.HTTPException) as error:
             raise _unreachable(self.path, error) from None
-        _check(response)
-        return msgspec.json.decode(response.content, type=cls)
+        finally:
+            connection.close()
+        _check(response.status, body)
+        return msgspec.json.decode(body, type=cls)
 
 
 class ServerGeneration:
-    """One answer from a server, as `worlds.base.Generation`. Its tokens have no ids (0) until `Finished`."""
+    """One answer from a server, as `worlds.base.Generation`. Its tokens have no ids (-1) until `Finished`."""
 
-    def __init__(self, http: httpx.Client, path: Path, request: Request) -> None:
-        self._events = self._read(http, path, request)
+    def __init__(self, path: Path, request: Request) -> None:
+        self._path = path
+        self._connection = _UnixConnection(path, TIMEOUT_S)
         self._cancelled = False
         self._text = ""
+        self._events = self._read(request)
 
     def __iter__(self) -> Iterator[Event]:
         return self
 
     def __next__(self) -> Event:
-        if self._cancelled:
-            self._events.close()  # closes the connection, and with it the server stops computing
-            self._cancelled = False
-            return Finished(self._text, (), FinishReason.CANCELLED, Timings())
         return next(self._events)
 
     def cancel(self) -> None:
-        """From the iterating thread only."""
+        """Hang up, which makes the server stop. From any thread or signal handler."""
         self._cancelled = True
+        sock = self._connection.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):  # it is closed already
+                sock.shutdown(socket.SHUT_RDWR)  # unlike close, wakes a thread that is reading
 
-    def _read(self, http: httpx.Client, path: Path, request: Request) -> Generator[Event, None, None]:
-        endpoint, body = _body(request)
+    def _read(self, request: Request) -> Iterator[Event]:
         try:
-            # No limit on reading: a cold start or a queue may take long.
-            timeout = httpx.Timeout(30, read=None)
-            with http.stream("POST", endpoint, json=body, timeout=timeout) as response:
-                if response.status_code != httpx.codes.OK:
-                    response.read()
-                    _check(response)
-                yield from self._parse(response.iter_lines())
-        except httpx.HTTPError as error:
-            raise _unreachable(path, error) from None
+            self._connection.connect()
+            yield from self._answer(request)
+        except (OSError, http.client.HTTPException) as error:
+            if not self._cancelled:
+                raise _unreachable(self._path, error) from None
+        finally:
+            self._connection.close()
+        if self._cancelled:
+            yield Finished(self._text, (), FinishReason.CANCELLED, Timings())
 
-    def _parse(self, lines: Iterator[str]) -> Iterator[Event]:
-        for line in lines:
-            if not line.startswith("data: {"):
+    def _answer(self, request: Request) -> Iterator[Event]:
+        """Ends early when cancelled."""
+        endpoint, body = _body(request)
+        headers = {"content-type": "application/json"}
+        self._connection.request("POST", endpoint, msgspec.json.encode(body), headers)
+        self._connection.sock.settimeout(None)  # a cold start or a queue may take long
+        response = self._connection.getresponse()
+        if response.status != HTTPStatus.OK:
+            _check(response.status, response.read())
+        while not self._cancelled and (line := response.readline()):
+            if not line.startswith(b"data: {"):
                 continue
             chunk = msgspec.json.decode(line[6:], type=_Chunk)
             if chunk.error is not None:
@@ -143,12 +164,14 @@ class ServerGeneration:
                 self._text += text
                 if choice.finish_reason is None:
                     if text:
-                        yield Token(0, text)
+                        yield Token(-1, text)
                 elif chunk.flexserve is not None:
                     details = chunk.flexserve
+                    self._cancelled = False
                     yield Finished(self._text, details.token_ids, choice.finish_reason, details.timings)
                     return
-        raise WorldCrashed("the server ended the answer half-way")
+        if not self._cancelled:
+            raise WorldCrashed("the server ended the answer half-way")
 
 
 def _body(request: Request) -> tuple[str, dict[str, Any]]:
@@ -161,20 +184,20 @@ def _body(request: Request) -> tuple[str, dict[str, Any]]:
     return "/v1/completions", body | {"prompt": prompt}
 
 
-def _check(response: httpx.Response) -> None:
-    if response.status_code != httpx.codes.OK:
+def _check(status: int, body: bytes) -> None:
+    if status != HTTPStatus.OK:
         try:
-            body = msgspec.json.decode(response.content, type=_Error).error
+            error = msgspec.json.decode(body, type=_Error).error
         except msgspec.DecodeError:
-            raise EngineFailure(f"the server answered with HTTP status {response.status_code}") from None
-        raise _error(body)
+            raise EngineFailure(f"the server answered with HTTP status {status}") from None
+        raise _error(error)
 
 
 def _error(body: _ErrorBody) -> FlexServeError:
     return by_code(body.code)(body.message, hint=body.hint)
 
 
-def _unreachable(path: Path, error: httpx.HTTPError) -> FlexServeError:
-    if isinstance(error, httpx.ConnectError):
+def _unreachable(path: Path, error: Exception) -> FlexServeError:
+    if isinstance(error, ConnectionRefusedError | FileNotFoundError):
         return ServerNotFound(f"no FlexServe server answers at the admin socket {path}")
     return EngineFailure(f"the server at {path} stopped answering")
