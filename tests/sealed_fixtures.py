@@ -119,7 +119,7 @@ def seal_unchecked(
         about = Description("llama", "F32", 1, 1, 512, tied_output=False, has_chat_template=True)
         content = Content(gguf, len(gguf), 0, 4096, (TensorExtent(0, 64),), (0,), about)
     source = out.with_suffix(".source")
-    source.write_bytes(gguf)
+    source.write_bytes(gguf.ljust(64, b"\0"))
     fd = os.open(source, os.O_RDONLY)
     target = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
