@@ -6,7 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import Post, Running
+from .conftest import Post
+from .running import Running
 
 GREETING = "Guten Morgen, Zoë! 🌅"
 
@@ -131,7 +132,8 @@ def test_sampling_fields_reach_the_request(slow: Running) -> None:
     with slow.client() as client:
         body = {"model": "demo", "prompt": "x" * 900, "stream": True, "ignore_eos": True, **fields}
         with client.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_bytes())
+            chunks = response.iter_bytes()  # kept: dropping it would close the connection
+            next(chunks)
             (generation,) = slow.world.in_flight()
     sampling = generation.request.sampling
     assert {name: getattr(sampling, name) for name in fields} == fields

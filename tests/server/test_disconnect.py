@@ -16,7 +16,7 @@ import pytest
 from flexserve.engine.fake import FakeEngine, SystemClock
 from flexserve.worlds.fake import FakeGeneration, FakeWorld
 
-from .conftest import Running, serving
+from .running import Running, serving
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

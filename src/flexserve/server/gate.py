@@ -124,7 +124,7 @@ def _from_starlette(caught: HTTPException) -> tuple[FlexServeError, Headers]:
     if caught.status_code == HTTPStatus.NOT_FOUND:
         return NotFound("there is no such endpoint", hint="docs/api.md lists them"), []
     if caught.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allow = (caught.headers or {}).get("Allow", "")
+        allow = ", ".join(sorted((caught.headers or {}).get("Allow", "").split(", ")))
         error = MethodNotAllowed("this endpoint does not take that HTTP method", hint=f"use {allow}")
         return error, [(b"allow", allow.encode())]
     return InvalidRequest(HTTPStatus(caught.status_code).phrase), []
