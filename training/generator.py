@@ -376,6 +376,12 @@ class Generator:
             say = f"{rng.choice(_FRAMES['openings'])} {say}"
         if not free_end and rng.random() < 0.16:
             say = f"{say} {rng.choice(_FRAMES['suffixes'])}".replace(" ,", ",")
+        reason = rng.choice(_FRAMES["reasons"])
+        where = rng.random()
+        if where < 0.04:
+            say = f"{reason}{rng.choice([', ', ', ', ' so ', ', so '])}{say}"
+        elif where < 0.07 and not free_end:
+            say = f"{say}{rng.choice([', ', ', ', ' because ', ' since '])}{reason}"
         if rng.random() < 0.55:
             say = say[0].upper() + say[1:]
         end = rng.random()

@@ -20,7 +20,7 @@ class Shape:
 
     vocab: int
     width: int = 256
-    layers: int = 6
+    layers: int = 5
     heads: int = 8
     kv_heads: int = 4
     ff: int = 640
