@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexserve.errors import RolledBack, StateNotAuthentic, StorageFailure
+from flexserve.errors import RolledBack, StateNotAuthentic, StorageFailure, Usage
 from flexserve.sealed import statefile
 from flexserve.sealed.format import Manifest, TensorExtent
 from flexserve.sealed.keys import DeviceKey
@@ -105,3 +105,13 @@ def test_the_state_of_a_device_has_its_own_file(monkeypatch: pytest.MonkeyPatch,
     assert statefile.load(path) is None
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     assert statefile.state_path(DEVICE.key_id).is_absolute()
+
+
+def test_a_user_without_a_home_directory_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(Usage, match="no home directory"):
+        statefile.state_path(DEVICE.key_id)

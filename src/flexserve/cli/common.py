@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..errors import FlexServeError, NotFound, StorageFailure, Usage
-from ..sealed.keyfile import Passphrase, read_passphrase_file
-from ..sealed.keys import VendorPublicKey
-from ..sealed.trust import TrustStore, read_public_key
+
+if TYPE_CHECKING:  # `flexserve --help` imports this file, and no cryptography
+    from ..sealed.keyfile import Passphrase
+    from ..sealed.keys import VendorPublicKey
 
 F = TypeVar("F", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -107,11 +108,15 @@ def passphrase_option(function: F) -> F:
 
 def trusted_vendors(vendor_pub: Path | None) -> tuple[VendorPublicKey, ...]:
     """The one vendor given, or those in the trust store."""
+    from ..sealed.trust import TrustStore, read_public_key
+
     return (read_public_key(vendor_pub),) if vendor_pub is not None else TrustStore().vendors()
 
 
 def passphrase_source(file: Path | None) -> Passphrase | None:
     """How to get the passphrase of a protected key: from the file, else by asking on a terminal."""
+    from ..sealed.keyfile import read_passphrase_file
+
     if file is not None:
         return lambda _source: read_passphrase_file(file)
     if not sys.stdin.isatty():
@@ -126,6 +131,8 @@ def passphrase_source(file: Path | None) -> Passphrase | None:
 
 def new_passphrase(ask: bool, file: Path | None) -> bytes | None:
     """The passphrase for a new key; None: an unprotected one. Raises `Usage`."""
+    from ..sealed.keyfile import read_passphrase_file
+
     if ask and file is not None:
         raise Usage("--passphrase and --passphrase-file exclude each other")
     if file is not None:

@@ -8,7 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import StorageFailure
+from ..errors import StorageFailure, Usage
+
+
+def xdg_directory(variable: str, below_home: str) -> Path:
+    """`flexserve` in the directory of an XDG variable (relative ones do not count), or below the home
+    directory. Raises `Usage` where there is no home directory either."""
+    base = os.environ.get(variable, "")
+    if base.startswith("/"):
+        return Path(base) / "flexserve"
+    try:
+        return Path.home() / below_home / "flexserve"
+    except RuntimeError:
+        raise Usage("this user has no home directory", hint=f"set {variable}") from None
 
 
 @contextmanager

@@ -114,9 +114,7 @@ def decode_key(data: bytes, kind: Kind, source: str, passphrase: Passphrase | No
     try:
         file = msgspec.json.decode(data, type=_KeyFile)
     except (msgspec.DecodeError, RecursionError) as error:
-        is_public = b"BEGIN PUBLIC KEY" in data
-        hint = "this is a public key: give the .key file" if is_public else None
-        raise KeyProblem(f"{source} is not a FlexServe key file: {error}", hint=hint) from None
+        raise KeyProblem(f"{source} is not a FlexServe key file: {error}") from None
     if file.kind != kind:
         raise KeyProblem(f"{source} is a {file.kind} key; a {kind} key is needed here")
     if file.kdf is None:
@@ -174,24 +172,27 @@ def _read_secret(path: Path, *, credential: bool) -> bytes:
     except OSError as error:
         raise StorageFailure(f"cannot open {path}: {error.strerror}") from error
     with os.fdopen(fd, "rb") as file:
-        check_secret_file(os.fstat(fd), path, credential=credential)
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise KeyProblem(f"{path} is not a regular file")
         try:
             data = file.read(MAX_KEY_FILE_BYTES + 1)
         except OSError as error:
             raise StorageFailure(f"cannot read {path}: {error.strerror}") from error
+    if b"BEGIN PUBLIC KEY" in data:  # before its mode: that of a public key is right, the file is wrong
+        raise KeyProblem(f"{path} is a public key", hint="give the secret key, the .key file")
+    check_secret_file(info, path, credential=credential)
     if len(data) > MAX_KEY_FILE_BYTES:
         raise KeyProblem(f"{path} is larger than a key file can be")
     return data
 
 
 def check_secret_file(info: os.stat_result, path: Path, *, credential: bool) -> None:
-    """Refuse a secret file that others can reach. Raises `KeyProblem`, `KeyPermissions`.
+    """Refuse a secret file that others can reach. Raises `KeyPermissions`.
 
     systemd hands a credential over as root's file with an access list for the service, which shows as
     group-readable: there, root as owner and the group's read bit are right.
     """
-    if not stat.S_ISREG(info.st_mode):
-        raise KeyProblem(f"{path} is not a regular file")
     mode = stat.S_IMODE(info.st_mode)
     if mode & (0o037 if credential else 0o077):
         raise KeyPermissions(f"{path} has mode {mode:04o}: others can reach it", hint=f"chmod 600 {path}")

@@ -12,15 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import StorageFailure
-from .files import pwrite_all, replacing
+from .files import pwrite_all, replacing, xdg_directory
 from .state import MAX_STATE_BYTES
 
 
 def state_path(device_key_id: bytes) -> Path:
     """$XDG_STATE_HOME/flexserve/device-ID.state, or below ~/.local/state."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    directory = Path(base) if base.startswith("/") else Path.home() / ".local" / "state"
-    return directory / "flexserve" / f"device-{device_key_id.hex()[:32]}.state"
+    return xdg_directory("XDG_STATE_HOME", ".local/state") / f"device-{device_key_id.hex()[:32]}.state"
 
 
 @contextmanager

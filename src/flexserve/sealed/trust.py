@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 from ..errors import KeyPermissions, NotFound, StorageFailure, Usage
+from .files import xdg_directory
 from .keys import VendorPublicKey
 
 MAX_PUBLIC_KEY_BYTES = 4096
@@ -19,8 +20,7 @@ _FILE = re.compile(r"[0-9a-f]{64}\.pub")
 
 def default_trust_dir() -> Path:
     """$XDG_CONFIG_HOME/flexserve/trusted, or below ~/.config."""
-    base = os.environ.get("XDG_CONFIG_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".config") / "flexserve" / "trusted"
+    return xdg_directory("XDG_CONFIG_HOME", ".config") / "trusted"
 
 
 def read_public_key(path: Path) -> VendorPublicKey:

@@ -17,7 +17,7 @@ from typing import Literal
 from ..errors import ModelMalformed, SealedTruncated, SegmentNotAuthentic, StorageFailure
 from .crypto import TAG_BYTES
 from .format import UNIT_BYTES, Manifest, RegionKind, SegmentRef
-from .gguf import check_model, parse_header
+from .gguf import GGUFHeader, check_model, parse_header
 from .layout import plan_layout
 from .reader import SealedModel, UnlockedModel, pread_exact
 
@@ -61,17 +61,19 @@ def verify(
     names: tuple[str, ...] = ()
     meta = sealed.region(RegionKind.META)
     if unlocked is not None and not any(index < meta.segment_count for index in problems):
-        names = check_inside(sealed.manifest, unlocked.gguf_header())
+        header = check_inside(sealed.manifest, unlocked.gguf_header())
+        names = tuple(tensor.name for tensor in header.tensors)
+    tensors_in = _tensors_by_place(sealed.manifest, names)
     bad = tuple(
-        BadSegment(sealed.segments[i], problem, _tensors_in(sealed.segments[i], sealed.manifest, names))
+        BadSegment(sealed.segments[i], problem, tensors_in(sealed.segments[i]))
         for i, problem in sorted(problems.items())
     )
     total = sealed.manifest.plan.file_bytes - sealed.manifest.plan.data_offset
     return Report(len(sealed.segments), total, unlocked is not None, bad)
 
 
-def check_inside(manifest: Manifest, meta: bytes) -> tuple[str, ...]:
-    """Whether authentic META fits the manifest; the tensors' names in GGUF order. Raises `ModelMalformed`."""
+def check_inside(manifest: Manifest, meta: bytes) -> GGUFHeader:
+    """The checked GGUF header, if authentic META fits the manifest. Raises `ModelMalformed`."""
     header = parse_header(meta, manifest.gguf_bytes)
     check_model(header)
     layout = plan_layout(header)
@@ -81,17 +83,22 @@ def check_inside(manifest: Manifest, meta: bytes) -> tuple[str, ...]:
         raise ModelMalformed("the sealed model's regions are not those of the model inside")
     if tuple((p.image_offset, p.nbytes) for p in layout.placements) != manifest.tensors:
         raise ModelMalformed("the sealed model's tensor map is not that of the model inside")
-    return tuple(tensor.name for tensor in header.tensors)
+    return header
 
 
-def _tensors_in(segment: SegmentRef, manifest: Manifest, names: tuple[str, ...]) -> tuple[str, ...]:
-    if segment.kind is RegionKind.META or not names:
-        return ()
+def _tensors_by_place(manifest: Manifest, names: tuple[str, ...]) -> Callable[[SegmentRef], tuple[str, ...]]:
+    """A function from a segment to the names of the tensors in it; no names, no tensors."""
     order = sorted(range(len(names)), key=lambda i: manifest.tensors[i])
     starts = [manifest.tensors[i].image_offset for i in order]
-    first = max(0, bisect_right(starts, segment.image_offset) - 1)
-    last = bisect_right(starts, segment.image_offset + segment.length - 1)
-    return tuple(names[i] for i in order[first:last] if sum(manifest.tensors[i]) > segment.image_offset)
+
+    def tensors_in(segment: SegmentRef) -> tuple[str, ...]:
+        if segment.kind is RegionKind.META:
+            return ()
+        first = max(0, bisect_right(starts, segment.image_offset) - 1)
+        last = bisect_right(starts, segment.image_offset + segment.length - 1)
+        return tuple(names[i] for i in order[first:last] if sum(manifest.tensors[i]) > segment.image_offset)
+
+    return tensors_in
 
 
 class _Checker:

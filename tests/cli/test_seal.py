@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flexserve.bench.generate import write_model
+from flexserve.bench.shapes import ModelShape
+
+from .conftest import Shell
+
+
+def test_sealing_says_what_it_made(shell: Shell, tiny_gguf: Path) -> None:
+    shell.ok("keys vendor -o vendor.key")
+    out = shell.ok("seal -o m.flex --vendor vendor.key", tiny_gguf)
+    assert out.startswith("m.flex: tiny-with-random-weights version 1, ")
+    assert {p.name for p in shell.directory.iterdir()} == {"vendor.key", "vendor.pub", "m.flex"}
+
+
+def test_bad_calls_have_their_own_exit_codes_and_leave_nothing(shell: Shell, tiny_gguf: Path) -> None:
+    shell.ok("keys vendor -o vendor.key")
+    shell.ok("keys device -o device.key")
+    before = {p.name for p in shell.directory.iterdir()}
+    shell.fails(3, "seal none.gguf -o m.flex --vendor vendor.key")
+    shell.fails(3, "seal -o m.flex --vendor none.key", tiny_gguf)
+    shell.fails(6, "seal -o m.flex --vendor device.key", tiny_gguf)
+    assert "the .key file" in shell.fails(6, "seal -o m.flex --vendor vendor.pub", tiny_gguf)
+    shell.fails(2, "seal -o m.flex --vendor vendor.key --id two/words", tiny_gguf)
+    shell.fails(2, "seal -o m.flex --vendor vendor.key --version 0", tiny_gguf)
+    assert "model_malformed" in shell.fails(4, "seal vendor.pub -o m.flex --vendor vendor.key")
+    shell.fails(8, "seal -o none/m.flex --vendor vendor.key", tiny_gguf)
+    assert {p.name for p in shell.directory.iterdir()} == before
+
+
+def test_ctrl_c_and_sigterm_leave_no_file(shell: Shell, tmp_path: Path) -> None:
+    shell.ok("keys vendor -o vendor.key")
+    big = tmp_path / "big.gguf"
+    write_model(ModelShape("big", "llama", 8, 512, 2048, 8, 4, 64, 512, 64, 1e4, 1e-5, False), "F16", big)
+    slow = (  # every chunk waits until the signal has come
+        "import flexserve.sealed.seal as s, sys, threading\n"
+        "real, gate = s.pwrite_all, threading.Event()\n"
+        "def wait(*a):\n    print('writing', flush=True); gate.wait(0.2); real(*a)\n"
+        "s.pwrite_all = wait\n"
+        "from flexserve.cli import main\n"
+        "sys.argv[0] = 'flexserve'; main()\n"
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        arguments = ["seal", str(big), "-o", "big.flex", "--vendor", "vendor.key"]
+        child = subprocess.Popen(
+            [sys.executable, "-c", slow, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ},
+        )
+        assert child.stdout is not None
+        assert child.stdout.readline() == "writing\n"
+        child.send_signal(number)
+        begin = time.monotonic()
+        _, err = child.communicate(timeout=20)
+        assert (child.returncode, err.strip()) == (130, "error: interrupted")
+        assert time.monotonic() - begin < 10
+        assert {p.name for p in shell.directory.iterdir()} == {"vendor.key", "vendor.pub"}
