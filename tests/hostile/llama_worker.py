@@ -6,6 +6,7 @@ Run as a program: a line with a path in, a line "used" or "refused" out. If it d
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 
@@ -45,6 +46,7 @@ def use(path: str) -> str:
 
 
 def main() -> None:
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort would start a debugger
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     quiet = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)

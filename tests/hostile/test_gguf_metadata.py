@@ -91,6 +91,21 @@ def test_arrays_for_layers(values: list[int]) -> None:
         _check(file)
 
 
+@pytest.mark.parametrize(
+    "name",
+    """general.type general.file_type general.name split.count llama.attention.causal llama.pooling_type
+    llama.rope.scaling.type llama.block_count llama.embedding_length llama.rope.freq_base llama.expert_count
+    llama.context_length tokenizer.chat_template tokenizer.ggml.model tokenizer.ggml.bos_token_id
+    tokenizer.ggml.add_bos_token""".split(),  # noqa: SIM905
+)
+def test_an_array_where_one_value_belongs(name: str) -> None:
+    file = tiny_model().with_key(name, ARRAY, [1, 2], U32)
+    if name in ("general.file_type", "general.name"):
+        _check(file)
+    else:
+        _refused(file, name)
+
+
 def test_an_array_of_equal_numbers_passes() -> None:
     _check(tiny_model(layers=2).with_key("llama.attention.head_count_kv", ARRAY, [2, 2], I32))
 

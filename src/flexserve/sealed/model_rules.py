@@ -73,10 +73,10 @@ def _check_general(header: GGUFHeader) -> str:
         raise ModelMalformed("key 'general.architecture' must be a string")
     if arch not in GENERATIVE:
         raise ModelUnsupported(f"architecture {arch[:64]!r} is not one FlexServe can generate text with")
-    kind = header.metadata.get("general.type", "model")
+    kind = _scalar(header, "general.type", "model")
     if kind != "model":
         raise ModelUnsupported(f"key 'general.type' says {kind!r}: only whole models can be served")
-    parts = header.metadata.get("split.count", 1)
+    parts = _scalar(header, "split.count", 1)
     if not isinstance(parts, int) or parts > 1:
         raise ModelUnsupported(
             f"this is one of {parts} parts of a split model (key 'split.count')",
@@ -100,10 +100,18 @@ def _check_general(header: GGUFHeader) -> str:
     return arch
 
 
+def _scalar(header: GGUFHeader, key: str, default: bool | int | str) -> bool | int | float | str:
+    value = header.metadata.get(key, default)
+    if not isinstance(value, bool | int | float | str):
+        raise ModelMalformed(f"key {key!r} must be one value, not an array")
+    return value
+
+
 class _Hyperparameters:
     """The keys under the architecture's name, each fetched with its range."""
 
     def __init__(self, header: GGUFHeader, arch: str) -> None:
+        self.header = header
         self.metadata = header.metadata
         self.arch = arch
         self.reviewed = arch in REVIEWED
@@ -119,9 +127,9 @@ class _Hyperparameters:
         self.per_layer("feed_forward_length", 1 if self.reviewed else 0, MAX_WIDTH)
         self.integer("attention.sliding_window", 0, MAX_CONTEXT, default=0)
         self.integer("nextn_predict_layers", 0, 0 if self.reviewed else self.layers - 1, default=0)
-        if self.metadata.get(f"{self.arch}.attention.causal", True) is not True:
+        if _scalar(self.header, f"{self.arch}.attention.causal", True) is not True:
             raise ModelUnsupported(f"key '{self.arch}.attention.causal': the model does not generate text")
-        if self.metadata.get(f"{self.arch}.pooling_type", 0) != 0:
+        if _scalar(self.header, f"{self.arch}.pooling_type", 0) != 0:
             raise ModelUnsupported(f"key '{self.arch}.pooling_type': the model is for embeddings")
         if self.reviewed:
             self.integer("embedding_length_out", width, width, default=width)
@@ -192,7 +200,7 @@ class _Hyperparameters:
             self.integer(name, expected, expected, default=expected)
 
     def _check_rope(self) -> None:
-        scaling = self.metadata.get(f"{self.arch}.rope.scaling.type", "linear")
+        scaling = _scalar(self.header, f"{self.arch}.rope.scaling.type", "linear")
         if scaling not in ("none", "linear", "yarn", "longrope"):
             raise ModelMalformed(f"key '{self.arch}.rope.scaling.type' is unknown: {str(scaling)[:64]!r}")
         self.integer("rope.scaling.original_context_length", 1, MAX_CONTEXT, default=1)
