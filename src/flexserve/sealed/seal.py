@@ -243,8 +243,8 @@ class _Encryptor:
     def run(self, progress: Progress | None) -> bytes:
         """Returns the segment table. An error or an interrupt stops all threads first."""
         with ThreadPoolExecutor(THREADS, thread_name_prefix="seal") as pool:
-            pending = {pool.submit(self._work) for _ in range(THREADS)}
-            try:
+            try:  # from before the first thread: an interrupt must stop them whenever it comes
+                pending = {pool.submit(self._work) for _ in range(THREADS)}
                 while pending:
                     finished, pending = wait(pending, timeout=0.1)
                     for future in finished:

@@ -123,8 +123,8 @@ class _Checker:
     def run(self, progress: Progress | None) -> dict[int, Problem]:
         plan = self._sealed.manifest.plan
         with ThreadPoolExecutor(THREADS, thread_name_prefix="verify") as pool:
-            pending = {pool.submit(self._work) for _ in range(THREADS)}
-            try:
+            try:  # from before the first thread: an interrupt must stop them whenever it comes
+                pending = {pool.submit(self._work) for _ in range(THREADS)}
                 while pending:
                     finished, pending = wait(pending, timeout=0.1)
                     for future in finished:
