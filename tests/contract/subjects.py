@@ -20,8 +20,12 @@ from flexserve.errors import (
     SealedMalformed,
     VendorNotTrusted,
 )
+from flexserve.sealed.keys import DeviceKey
 from flexserve.worlds.base import ModelSource, World
 from flexserve.worlds.fake import FakeWorld, write_fake_model
+
+from ..sealed_fixtures import TINY, license_for
+from ..world_fixtures import DEMO, kill, linux_world, make_device
 
 
 @dataclass
@@ -63,7 +67,31 @@ def fake_subject(directory: Path) -> Iterator[Subject]:
         world.close()
 
 
+@contextmanager
+def linux_subject(directory: Path) -> Iterator[Subject]:
+    """The demo model in the linux world: real text, so that stop strings have something to find."""
+    device = make_device(directory / "device")
+    good = device.add("good", DEMO)
+    junk = directory / "junk"
+    junk.write_bytes(b"\0" * 4096)
+    foreign = make_device(directory / "foreign").add("foreign", DEMO)
+    other, _ = device.add_kit("other", TINY)
+    elsewhere = directory / "elsewhere.lic"
+    elsewhere.write_bytes(license_for(good.sealed, device.vendor, DeviceKey.generate()))
+    refused: dict[str, tuple[ModelSource, type[FlexServeError]]] = {
+        "no model file": (ModelSource("m", directory / "absent.flex", good.licence), NotFound),
+        "no licence file": (ModelSource("m", good.sealed, directory / "absent.lic"), NotFound),
+        "model is junk": (ModelSource("m", junk, good.licence), SealedMalformed),
+        "licence is junk": (ModelSource("m", good.sealed, junk), LicenceMalformed),
+        "unknown vendor": (foreign, VendorNotTrusted),
+        "other device": (ModelSource("m", good.sealed, elsewhere), LicenceWrongDevice),
+        "other model": (ModelSource("m", good.sealed, other.licence), LicenceWrongModel),
+    }
+    with linux_world(device) as world:
+        yield Subject(world, good, refused, lambda: kill(world))
+
+
 SUBJECTS: dict[str, Callable[[Path], AbstractContextManager[Subject]]] = {
     "fake": fake_subject,
-    # "linux": linux_subject,  <- the linux world plugs in here
+    "linux": linux_subject,
 }

@@ -94,6 +94,18 @@ def _address(function: Any) -> int:
     return address
 
 
+class AbortFlag:
+    """A flag that llama.cpp looks at while it computes: setting it ends a decode early."""
+
+    def __init__(self) -> None:
+        self._value = ctypes.c_int(0)
+        self.address = ctypes.addressof(self._value)
+        self.callback = _address(_native().flex_flag_is_set)
+
+    def set(self, value: bool = True) -> None:
+        self._value.value = int(value)
+
+
 class ArenaBufferType:
     """A ggml buffer type that puts each named tensor at `base` + its image offset.
 
@@ -172,7 +184,9 @@ def self_test() -> None:
     """
     found = importlib.metadata.version("llama-cpp-python")
     if found != PINNED_BINDING:
-        raise EngineIncompatible(f"llama-cpp-python {found} is installed, this FlexServe needs {PINNED_BINDING}")
+        raise EngineIncompatible(
+            f"llama-cpp-python {found} is installed, this FlexServe needs {PINNED_BINDING}"
+        )
     base = ggml_base()
     length = 1 << 16
     address = uffd.reserve(length)
@@ -194,7 +208,10 @@ def self_test() -> None:
             checks["size"] = base.ggml_backend_buffer_get_size(buffer) >= 96
             checks["type"] = base.ggml_backend_buffer_get_type(buffer) == buft.handle
             checks["get_name"] = base.ggml_backend_buft_name(buft.handle) == b"flexmem-self-test"
-            checks["init_tensor"] = [base.ggml_get_data(t) for t in tensors] == [address + 128, address + 4096]
+            checks["init_tensor"] = [base.ggml_get_data(t) for t in tensors] == [
+                address + 128,
+                address + 4096,
+            ]
             checks["not host while loading"] = not base.ggml_backend_buffer_is_host(buffer)
             base.ggml_backend_tensor_set(tensors[0], word, 0, 16)
             checks["set_tensor drops"] = ctypes.string_at(address + 128, 16) == bytes(16)
@@ -206,7 +223,9 @@ def self_test() -> None:
             base.ggml_backend_buffer_free(buffer)
         wrong = [name for name, ok in checks.items() if not ok]
         if wrong:
-            raise EngineIncompatible(f"this ggml differs from the one FlexServe was written for: {', '.join(wrong)}")
+            raise EngineIncompatible(
+                f"this ggml differs from the one FlexServe was written for: {', '.join(wrong)}"
+            )
         buft.close()
     finally:
         base.ggml_free(context)

@@ -223,3 +223,6 @@ FILE *flex_skeleton_open(const void *header, uint64_t header_size, uint64_t size
 }
 
 int flex_skeleton_close(FILE *f) { return fclose(f); }
+
+/* llama.cpp's abort callback: asked at every node of a graph, which Python would be far too slow for. */
+bool flex_flag_is_set(void *flag) { return *(volatile int *)flag != 0; }

@@ -19,7 +19,14 @@ from ..errors import FlexServeError
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
 libc.mremap.restype = ctypes.c_void_p
 libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
@@ -50,7 +57,7 @@ MADV_DONTDUMP = 16
 MADV_HUGEPAGE = 14
 
 
-class UffdDenied(FlexServeError):
+class UffdDeniedError(FlexServeError):
     """This kernel does not let us use userfaultfd; Flex-Mem then loads fully before computing."""
 
     code = "userfaultfd_denied"
@@ -116,25 +123,23 @@ class Userfaultfd:
     """A userfaultfd for missing pages of ranges of this process. Thread-safe, as the kernel's object is."""
 
     def __init__(self) -> None:
-        """Raises `UffdDenied` with the kernel's reason."""
+        """Raises `UffdDeniedError` with the kernel's reason."""
         number = _SYS_USERFAULTFD.get(platform.machine())
         if number is None:
-            raise UffdDenied(f"no userfaultfd on {platform.machine()}")
+            raise UffdDeniedError(f"no userfaultfd on {platform.machine()}")
         fd = libc.syscall(number, os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY)
         if fd < 0:
-            raise UffdDenied(f"userfaultfd: {os.strerror(ctypes.get_errno())}")
+            raise UffdDeniedError(f"userfaultfd: {os.strerror(ctypes.get_errno())}")
         self.fd = fd
         api = ctypes.create_string_buffer(struct.pack("<QQQ", _UFFD_API, 0, 0))
         if libc.ioctl(fd, _UFFDIO_API, api) != 0:
             reason = os.strerror(ctypes.get_errno())
             os.close(fd)
-            raise UffdDenied(f"UFFDIO_API: {reason}")
+            raise UffdDeniedError(f"UFFDIO_API: {reason}")
 
     def register(self, address: int, length: int) -> None:
         """Report missing pages of the range here."""
-        arg = ctypes.create_string_buffer(
-            struct.pack("<QQQQ", address, length, _REGISTER_MODE_MISSING, 0)
-        )
+        arg = ctypes.create_string_buffer(struct.pack("<QQQQ", address, length, _REGISTER_MODE_MISSING, 0))
         if libc.ioctl(self.fd, _UFFDIO_REGISTER, arg) != 0:
             raise _os_error("UFFDIO_REGISTER")
 

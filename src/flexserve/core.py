@@ -1,0 +1,208 @@
+"""The vocabulary every package shares: requests, what comes back, models, page states.
+
+Knows no I/O and no policy. Everything here is a frozen dataclass of plain values, so that it crosses the
+channel between the worlds as JSON and is checked on arrival: `__post_init__` holds every rule about a
+value, and raises `InvalidRequest` naming the field.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from .errors import InvalidRequest
+
+PAGE_SIZE = 4096
+SEGMENT_SIZE = 1 << 20  # the unit of encryption, loading and recall of weights
+ROW_UNIT_SIZE = 16 << 10  # the same for the token embedding, whose rows are fetched singly
+
+MAX_PROMPT_CHARS = 4 << 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_MESSAGES = 4096
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+class PageState(StrEnum):
+    """Who may access a page (design, "Words"). On linux a resident page may also be LAZY."""
+
+    UNPROTECTED = "unprotected"
+    CLAIMED = "claimed"
+    FLEX = "flex"
+    LAZY = "lazy"
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended: OpenAI's words, plus `cancelled`."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+def _check(ok: bool, name: str, rule: str) -> None:
+    if not ok:
+        raise InvalidRequest(f"{name} must be {rule}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 is greedy, with no penalty unless one is asked for.
+
+    The defaults are llama.cpp's, without its repeat penalty.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40  # 0: off
+    top_p: float = 0.95  # 1: off
+    min_p: float = 0.05  # 0: off
+    repeat_penalty: float = 1.0  # 1: off; over the last 64 tokens
+    seed: int | None = None  # None: a fresh one from the OS
+
+    def __post_init__(self) -> None:
+        _check(math.isfinite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "0 to 100")
+        _check(0 <= self.top_k <= 1 << 20, "top_k", "0 to 1048576")
+        _check(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        _check(0 <= self.min_p <= 1, "min_p", "0 to 1")
+        _check(0.01 <= self.repeat_penalty <= 100, "repeat_penalty", "0.01 to 100")
+        _check(self.seed is None or 0 <= self.seed < 1 << 32, "seed", "0 to 4294967295")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        _check(self.role in ROLES, "role", f"one of {', '.join(ROLES)}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer. Exactly one of `messages`, `prompt`, `token_ids` is given.
+
+    `messages` go through the model's chat template; `prompt` is tokenised as it is; `token_ids` are taken
+    as they are. In text from a client, special tokens are never parsed.
+    """
+
+    id: str
+    model: str
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    max_tokens: int | None = None  # None: as many as fit
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        _check(1 <= len(self.id) <= 128, "id", "1 to 128 characters")
+        _check(1 <= len(self.model) <= 128, "model", "1 to 128 characters")
+        given = [x for x in (self.messages, self.prompt, self.token_ids) if x is not None]
+        _check(len(given) == 1, "messages, prompt, token_ids", "given exactly once")
+        if self.messages is not None:
+            _check(1 <= len(self.messages) <= MAX_MESSAGES, "messages", f"a list of 1 to {MAX_MESSAGES}")
+            chars = sum(len(m.content) for m in self.messages)
+            _check(chars <= MAX_PROMPT_CHARS, "messages", f"at most {MAX_PROMPT_CHARS} characters in total")
+        if self.prompt is not None:
+            _check(len(self.prompt) <= MAX_PROMPT_CHARS, "prompt", f"at most {MAX_PROMPT_CHARS} characters")
+        if self.token_ids is not None:
+            _check(1 <= len(self.token_ids) <= 1 << 20, "token_ids", "a list of 1 to 1048576")
+            _check(all(0 <= t < 1 << 31 for t in self.token_ids), "token_ids", "0 to 2147483647 each")
+        _check(self.max_tokens is None or 1 <= self.max_tokens <= 1 << 20, "max_tokens", "1 to 1048576")
+        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
+        _check(
+            all(1 <= len(s) <= MAX_STOP_CHARS for s in self.stop), "stop", f"1 to {MAX_STOP_CHARS} characters each"
+        )
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one request went. Seconds are wall time; the cold-start parts are summed over the
+    loader's threads and overlap each other and the prefill, which is the point of the pipeline."""
+
+    queue_s: float = 0.0  # accepted to picked up
+    tokenize_s: float = 0.0  # template and tokeniser
+    prefill_s: float = 0.0  # prompt tokens through the model
+    ttft_s: float = 0.0  # accepted to first token
+    decode_s: float = 0.0  # first to last token
+    total_s: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    load_bytes: int = 0  # ciphertext read for this request up to its first token
+    read_s: float = 0.0
+    decrypt_s: float = 0.0
+    place_s: float = 0.0
+    faults: int = 0  # times compute waited for a page
+    fault_wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token. `text` may be empty while a UTF-8 sequence or a stop string is incomplete."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of an answer; `text` and `token_ids` are the whole of it.
+
+    `text` begins with the tokens' texts and may be longer: by what was held back to the end.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    timings: Timings
+
+
+Event = Token | Finished
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What may be said about a registered model to the normal world."""
+
+    name: str
+    model_id: str
+    model_version: int
+    architecture: str
+    quantization: str
+    parameters: int
+    context_tokens: int
+    weight_bytes: int
+    has_chat_template: bool
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """A model's memory right now, in bytes."""
+
+    info: ModelInfo
+    resident_bytes: int
+    lazy_bytes: int
+    kv_bytes: int
+    poisoned: bool  # a segment failed authentication: no request is answered any more
+    requests: int  # answered so far
+    last_used_s_ago: float | None
+
+
+@dataclass(frozen=True)
+class WorldStatus:
+    """What a world says about itself (`flexserve ps`)."""
+
+    world: str
+    pid: int
+    uptime_s: float
+    active_requests: int
+    waiting_requests: int
+    restarts: int
+    flexmem: str  # "userfaultfd", or "none: <reason>" when loading fully before computing
+    models: tuple[ModelStatus, ...] = ()

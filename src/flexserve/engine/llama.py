@@ -1,0 +1,279 @@
+"""llama.cpp through its Python binding's low-level functions: model, context, sampler, vocabulary.
+
+Knows ctypes and llama.cpp's rules; knows nothing of sealing or of the arena but the buffer type it is given.
+Everything that computes releases the interpreter lock. Errors are `EngineFailure`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as api
+
+from ..core import Sampling
+from ..errors import EngineFailure, InvalidRequest, ModelUnsupported
+from ..flexmem import ggml
+
+BATCH_TOKENS = 512  # llama.cpp's logical and physical batch: batch boundaries matter for bit equality
+PENALTY_TOKENS = 64
+MAX_PIECE_BYTES = 1 << 16
+
+_SPECIAL = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED | api.LLAMA_TOKEN_ATTR_UNKNOWN
+_errors: deque[str] = deque(maxlen=4)
+_LOG_LEVEL_ERROR = 4
+
+
+@api.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _user: Any) -> None:
+    """Keep llama.cpp's errors for our message; print nothing, since its log names parts of the model."""
+    if level == _LOG_LEVEL_ERROR:
+        _errors.append(text.decode("utf-8", "replace").strip()[:300])
+
+
+def start() -> None:
+    """Initialise llama.cpp once per process and check our C part against it. Raises `EngineIncompatible`."""
+    api.llama_log_set(_on_log, ctypes.c_void_p(0))
+    ggml.self_test()
+    api.llama_backend_init()
+
+
+def _why() -> str:
+    return _errors[-1] if _errors else "llama.cpp gave no reason"
+
+
+class _Override(ctypes.Structure):  # struct llama_model_tensor_buft_override
+    _fields_ = (("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p))
+
+
+class Model:
+    """A loaded llama.cpp model: weights somewhere, vocabulary and hyperparameters."""
+
+    def __init__(self, handle: Any) -> None:
+        """Use `from_skeleton` or `from_file`."""
+        self.handle = handle
+        self.vocab = Vocabulary(api.llama_model_get_vocab(handle))
+        self.context_tokens = int(api.llama_model_n_ctx_train(handle))
+
+    @classmethod
+    def from_skeleton(cls, header: bytes, size: int, buffer_type: ggml.ArenaBufferType) -> Model:
+        """Load a model whose weights arrive later, in the arena behind `buffer_type`.
+
+        `header`: an authentic and validated GGUF header; `size`: the whole GGUF's bytes.
+        Raises `ModelUnsupported` with llama.cpp's reason.
+        """
+        overrides = (_Override * 2)(_Override(b".*", buffer_type.handle), _Override(None, None))
+        params = _model_params()
+        params.load_mode = api.LLAMA_LOAD_MODE_NONE
+        params.tensor_buft_overrides = ctypes.addressof(overrides)
+        _errors.clear()
+        with ggml.Skeleton(header, size) as skeleton:
+            handle = api.llama_model_load_from_file_ptr(skeleton.file, params)
+        if not handle:
+            raise ModelUnsupported(f"llama.cpp cannot load this model: {_why()}")
+        buffer_type.loaded()
+        return cls(handle)
+
+    @classmethod
+    def from_file(cls, path: Path, *, load_mode: int, repack: bool = False) -> Model:
+        """Load a plain GGUF, the way llama.cpp does by itself: the other side of tests and benchmarks."""
+        params = _model_params()
+        params.load_mode = load_mode
+        params.use_extra_bufts = repack
+        _errors.clear()
+        handle = api.llama_model_load_from_file(str(path).encode(), params)
+        if not handle:
+            raise ModelUnsupported(f"llama.cpp cannot load {path}: {_why()}")
+        return cls(handle)
+
+    def close(self) -> None:
+        if self.handle:
+            api.llama_model_free(self.handle)
+            self.handle = None
+
+
+def _model_params() -> Any:
+    params = api.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.use_extra_bufts = False  # no repacking: weights stay in the layout they are sealed in
+    params.lazy_mode = api.LLAMA_LAZY_MODE_OFF
+    return params
+
+
+class Vocabulary:
+    """A model's tokens."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self.size = int(api.llama_vocab_n_tokens(handle))
+        self._piece = ctypes.create_string_buffer(MAX_PIECE_BYTES)
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text`; `add_special` adds what the model wants at the beginning (BOS).
+
+        Where `parse_special` is off, text that looks like a control token stays text.
+        """
+        data = text.encode("utf-8", "surrogatepass")
+        room = len(data) + 16
+        for _ in range(2):
+            out = (api.llama_token * room)()
+            count = api.llama_tokenize(self._handle, data, len(data), out, room, add_special, parse_special)
+            if count >= 0:
+                return list(out[:count])
+            room = -count
+        raise EngineFailure("llama.cpp could not tokenise the prompt")
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for in text; empty for control tokens."""
+        count = api.llama_token_to_piece(self._handle, token, self._piece, MAX_PIECE_BYTES, 0, False)
+        return self._piece.raw[:count] if count > 0 else b""
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends an answer."""
+        return bool(api.llama_vocab_is_eog(self._handle, token))
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts that `parse_special` would turn into single tokens."""
+        found = set()
+        for token in range(self.size):
+            if api.llama_vocab_get_attr(self._handle, token) & _SPECIAL:
+                text = api.llama_vocab_get_text(self._handle, token)
+                if text:
+                    found.add(text.decode("utf-8", "replace"))
+        return tuple(found)
+
+    def text_of(self, token: int) -> str:
+        """The token's own text (control tokens have one too); empty for none."""
+        if token < 0:
+            return ""
+        return (api.llama_vocab_get_text(self._handle, token) or b"").decode("utf-8", "replace")
+
+    @property
+    def bos_text(self) -> str:
+        return self.text_of(api.llama_vocab_bos(self._handle))
+
+    @property
+    def eos_text(self) -> str:
+        return self.text_of(api.llama_vocab_eos(self._handle))
+
+    @property
+    def adds_bos(self) -> bool:
+        return bool(api.llama_vocab_get_add_bos(self._handle))
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """How much context, and how many threads compute."""
+
+    context_tokens: int
+    threads: int
+
+
+class Context:
+    """A KV cache for one sequence, and compute on it. One thread at a time."""
+
+    def __init__(self, model: Model, options: ContextOptions) -> None:
+        params = api.llama_context_default_params()
+        params.n_ctx = options.context_tokens
+        params.n_batch = params.n_ubatch = min(BATCH_TOKENS, options.context_tokens)
+        params.n_seq_max = 1
+        params.n_outputs_max = (
+            1  # logits for one position: a full batch of them would take 250 MB at 128k tokens
+        )
+        params.n_threads = params.n_threads_batch = options.threads
+        params.no_perf = True
+        self.stop = ggml.AbortFlag()
+        params.abort_callback = ctypes.cast(self.stop.callback, type(params.abort_callback))
+        params.abort_callback_data = self.stop.address
+        _errors.clear()
+        self._model = model
+        self.handle = api.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise ModelUnsupported(
+                f"llama.cpp cannot make a context of {options.context_tokens} tokens: {_why()}"
+            )
+        self.context_tokens = int(api.llama_n_ctx(self.handle))
+        self.used = 0
+
+    def clear(self) -> None:
+        """Forget every token, and zero their keys and values."""
+        api.llama_memory_clear(api.llama_get_memory(self.handle), True)
+        self.used = 0
+
+    def decode(self, tokens: Sequence[int]) -> bool:
+        """Put tokens behind those already there, in batches of BATCH_TOKENS; logits are those of the last.
+
+        Returns False when `stop` was set meanwhile. Raises `EngineFailure`.
+        """
+        for at in range(0, len(tokens), BATCH_TOKENS):
+            part = tokens[at : at + BATCH_TOKENS]
+            array = (api.llama_token * len(part))(*part)
+            status = api.llama_decode(self.handle, api.llama_batch_get_one(array, len(part)))
+            if status == 2:
+                return False
+            if status != 0:
+                raise EngineFailure(f"llama.cpp could not decode (status {status}): {_why()}")
+            self.used += len(part)
+        return True
+
+    def logits(self) -> Any:
+        """The last position's logits, a float32 array of the vocabulary's size; valid until the next decode."""
+        import numpy as np
+
+        pointer = api.llama_get_logits_ith(self.handle, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self._model.vocab.size,))
+
+    def close(self) -> None:
+        if self.handle:
+            self.clear()
+            api.llama_free(self.handle)
+            self.handle = None
+
+
+class Sampler:
+    """Chooses the next token from a context's last logits (llama.cpp's sampler chain)."""
+
+    def __init__(self, sampling: Sampling, seed: int) -> None:
+        self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+
+        def add(sampler: Any) -> None:
+            api.llama_sampler_chain_add(self._chain, sampler)
+
+        if sampling.repeat_penalty != 1.0:
+            add(api.llama_sampler_init_penalties(PENALTY_TOKENS, sampling.repeat_penalty, 0.0, 0.0))
+        if sampling.temperature == 0:
+            add(api.llama_sampler_init_greedy())
+            return
+        if sampling.top_k:
+            add(api.llama_sampler_init_top_k(sampling.top_k))
+        if sampling.top_p < 1:
+            add(api.llama_sampler_init_top_p(sampling.top_p, 1))
+        if sampling.min_p:
+            add(api.llama_sampler_init_min_p(sampling.min_p, 1))
+        add(api.llama_sampler_init_temp(sampling.temperature))
+        add(api.llama_sampler_init_dist(seed))
+
+    def sample(self, context: Context) -> int:
+        """The next token; it counts for the penalties of those after it."""
+        return int(api.llama_sampler_sample(self._chain, context.handle, -1))
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Let prompt tokens count for the repeat penalty."""
+        for token in tokens[-PENALTY_TOKENS:]:
+            api.llama_sampler_accept(self._chain, token)
+
+    def close(self) -> None:
+        api.llama_sampler_free(self._chain)
+
+
+def check_tokens(tokens: Sequence[int], vocab: Vocabulary) -> None:
+    """Raises `InvalidRequest` for a token id the model does not have (llama.cpp would read past its end)."""
+    for token in tokens:
+        if not 0 <= token < vocab.size:
+            raise InvalidRequest(f"token id {token} is not in the vocabulary of {vocab.size}")

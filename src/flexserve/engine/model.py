@@ -1,0 +1,344 @@
+"""A sealed model ready to answer: its arena, its loader, llama.cpp's model and context, and one request at a time.
+
+This is where plaintext lives. Knows nothing of worlds, channels or queues. `open` leaves no weight resident;
+the first request brings them in, in execution order, while llama.cpp already computes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..core import Finished, FinishReason, ModelInfo, ModelStatus, Request, Timings, Token
+from ..errors import ContextOverflow
+from ..flexmem import ggml
+from ..flexmem.arena import Arena, SegmentState
+from ..flexmem.loader import WORKERS, Loader
+from ..flexmem.source import SealedSource
+from ..flexmem.uffd import Userfaultfd
+from ..framework.order import Range, load_order
+from ..sealed.format import Region, RegionKind
+from ..sealed.gguf import GGUFHeader
+from ..sealed.layout import EMBEDDING, rows_to_units
+from ..sealed.reader import UnlockedModel
+from ..sealed.verify import check_inside
+from .llama import Context, ContextOptions, Model, Sampler
+from .prompt import prompt_tokens
+from .template import TemplateZygote
+from .text import StopStrings, Utf8Stream
+
+DEFAULT_CONTEXT_TOKENS = 4096
+_names = itertools.count()
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Choices of the one who starts the engine."""
+
+    threads: int
+    context_tokens: int | None = None  # None: the model's own, at most DEFAULT_CONTEXT_TOKENS
+    load_workers: int = WORKERS
+    on_demand: bool = True  # False: no userfaultfd; everything is loaded before compute starts
+    hide_from_dumps: bool = True
+
+
+class SecureModel:
+    """One registered model. `answer` and `recall` may be called from different threads."""
+
+    def __init__(
+        self,
+        name: str,
+        unlocked: UnlockedModel,
+        *,
+        cached: int,
+        direct: int | None,
+        zygote: TemplateZygote,
+        options: EngineOptions,
+    ) -> None:
+        """`cached` and `direct` are descriptors of the sealed file (source.py); the caller closes them.
+
+        Raises `NotAuthentic` when META or its content is not what it should be, `ModelUnsupported`.
+        """
+        self._zygote = zygote
+        self._requests = 0
+        self._last_used: float | None = None
+        manifest = unlocked.manifest
+        meta = unlocked.gguf_header()
+        header = check_inside(manifest, meta)
+        self._embed, self._body = manifest.region(RegionKind.EMBED), manifest.region(RegionKind.BODY)
+        self._tied = manifest.description.tied_output
+        self._embedding = next(t for t in header.tensors if t.name == EMBEDDING)
+        template = header.metadata.get("tokenizer.chat_template")
+        self._template = template if isinstance(template, str) else None
+        self._faults = Userfaultfd() if options.on_demand else None
+        self.arena = Arena((self._embed, self._body), self._faults, hide_from_dumps=options.hide_from_dumps)
+        self._loader: Loader | None = None
+        self._buffer_type: ggml.ArenaBufferType | None = None
+        self._model: Model | None = None
+        self._context: Context | None = None
+        try:
+            self._buffer_type = ggml.ArenaBufferType(
+                f"flexmem-{next(_names)}",
+                self.arena.base,
+                [
+                    (tensor.name, extent.image_offset, extent.length)
+                    for tensor, extent in zip(header.tensors, manifest.tensors, strict=True)
+                ],
+            )
+            self._model = Model.from_skeleton(meta, manifest.gguf_bytes, self._buffer_type)
+            context_tokens = options.context_tokens or min(
+                self._model.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS
+            )
+            self._context = Context(self._model, ContextOptions(context_tokens, options.threads))
+            self._loader = Loader(
+                self.arena,
+                SealedSource(unlocked, cached, direct),
+                self._faults,
+                workers=options.load_workers,
+                name=name,
+            )
+        except BaseException:
+            self.close()
+            raise
+        description = manifest.description
+        self.info = ModelInfo(
+            name=name,
+            model_id=manifest.model_id,
+            model_version=manifest.model_version,
+            architecture=description.architecture,
+            quantization=description.quantization,
+            parameters=description.parameters,
+            context_tokens=self._context.context_tokens,
+            weight_bytes=self._embed.length + self._body.length,
+            has_chat_template=self._template is not None,
+        )
+        self._kv_bytes = _kv_bytes(header, self._context.context_tokens)
+
+    # Answering
+
+    def answer(
+        self,
+        request: Request,
+        emit: Callable[[Token], None],
+        cancelled: Callable[[], bool],
+        accepted_at: float,
+    ) -> Finished:
+        """Answer one request; `emit` gets each token. One call at a time.
+
+        `accepted_at`: time.perf_counter() when the request arrived. Raises `ContextOverflow`,
+        `TemplateFailure`, `InvalidRequest`, `SegmentNotAuthentic`, `EngineFailure`.
+        """
+        assert self._model and self._context and self._loader
+        started = time.perf_counter()
+        self._loader.check()
+        self._requests += 1
+        vocab = self._model.vocab
+        prompt = prompt_tokens(request, vocab, self._template, self._zygote)
+        room = self._context.context_tokens - len(prompt)
+        if room < (request.max_tokens or 1):
+            raise ContextOverflow(
+                f"the prompt has {len(prompt)} tokens and the answer may have {request.max_tokens or 1}, "
+                f"but the context of model {request.model!r} holds {self._context.context_tokens}"
+            )
+        if not prompt:
+            raise ContextOverflow(
+                "the prompt is empty: a model needs at least one token", hint="send some text"
+            )
+        tokenized = time.perf_counter()
+        before = self._loader.times()
+        self._context.stop.set(False)
+        sampler = Sampler(request.sampling, _seed(request))
+        try:
+            self._start_loading(prompt)
+            self._context.clear()
+            alive = self._decode(prompt, cancelled)
+            prefilled = time.perf_counter()
+            sampler.accept(prompt)
+            loaded = self._loader.times().since(before)
+            output = _Output(request, self._model, emit)
+            reason, first = (
+                self._generate(request.max_tokens or room, sampler, output, cancelled)
+                if alive
+                else (FinishReason.CANCELLED, prefilled)
+            )
+        finally:
+            sampler.close()
+            self._context.clear()
+            self._last_used = time.perf_counter()
+        ended = time.perf_counter()
+        text, ids = output.finish()
+        decode_s = ended - first
+        return Finished(
+            text,
+            ids,
+            reason,
+            Timings(
+                queue_s=started - accepted_at,
+                tokenize_s=tokenized - started,
+                prefill_s=prefilled - tokenized,
+                ttft_s=first - accepted_at,
+                decode_s=decode_s,
+                total_s=ended - accepted_at,
+                prompt_tokens=len(prompt),
+                output_tokens=len(ids),
+                prefill_tokens_per_s=len(prompt) / (prefilled - tokenized),
+                decode_tokens_per_s=(len(ids) - 1) / decode_s if len(ids) > 1 else 0.0,
+                load_bytes=loaded.load_bytes,
+                read_s=loaded.read_s,
+                decrypt_s=loaded.decrypt_s,
+                place_s=loaded.place_s,
+                faults=loaded.faults,
+                fault_wait_s=loaded.fault_wait_s,
+            ),
+        )
+
+    def _start_loading(self, prompt: list[int]) -> None:
+        """Bring lazy segments back and plan the absent ones, in the order this prompt needs them."""
+        assert self._loader
+        self.arena.pin(self.arena.segments_in(SegmentState.LAZY))
+        embed, body = _range(self._embed), _range(self._body)
+        rows = rows_to_units(self._embedding, prompt)
+        if not self._loader.on_demand:
+            self._loader.load([embed, body])
+            self._loader.wait()
+            self._loader.check()
+            return
+        self._loader.load(load_order(embed, body, rows, tied_output=self._tied))
+
+    def _decode(self, tokens: list[int], cancelled: Callable[[], bool]) -> bool:
+        """One decode; False when cancelled. Whatever it computed on unauthentic pages is never used."""
+        assert self._context and self._loader
+        if cancelled():
+            return False
+        alive = self._context.decode(tokens)
+        self._loader.check()
+        return alive
+
+    def _generate(
+        self, limit: int, sampler: Sampler, output: _Output, cancelled: Callable[[], bool]
+    ) -> tuple[FinishReason, float]:
+        assert self._context and self._model
+        first = 0.0
+        for count in range(1, limit + 1):
+            token = sampler.sample(self._context)
+            first = first or time.perf_counter()
+            if output.is_end(token):
+                return FinishReason.STOP, first
+            if output.add(token):
+                return FinishReason.STOP, first
+            if count == limit:
+                break
+            if not self._decode([token], cancelled):
+                return FinishReason.CANCELLED, first
+        return FinishReason.LENGTH, first
+
+    def cancel(self) -> None:
+        """End the decode that is running, if one is: `answer` then finishes as cancelled."""
+        if self._context:
+            self._context.stop.set()
+
+    # Memory
+
+    def recall(self, nbytes: int) -> int:
+        """Give back up to `nbytes` of weights, last needed first; returns the bytes given back."""
+        if not self.resident_bytes or (self._loader and not self._loader.on_demand):
+            return 0
+        freed = 0
+        regions = [self._body, self._embed] if not self._tied else [self._embed, self._body]
+        for region in regions:
+            for index in range(region.first_segment + region.segment_count - 1, region.first_segment - 1, -1):
+                if freed >= nbytes:
+                    return freed
+                freed += self.arena.recall([index])
+        return freed
+
+    @property
+    def last_used(self) -> float:
+        """time.perf_counter() at the end of the last answer; 0 before the first."""
+        return self._last_used or 0.0
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.arena.bytes_in(SegmentState.RESIDENT) + self.arena.bytes_in(SegmentState.LAZY)
+
+    def status(self) -> ModelStatus:
+        """What `flexserve ps` shows of this model."""
+        return ModelStatus(
+            info=self.info,
+            resident_bytes=self.resident_bytes,
+            lazy_bytes=self.arena.bytes_in(SegmentState.LAZY),
+            kv_bytes=self._kv_bytes,
+            poisoned=self.arena.poisoned is not None,
+            requests=self._requests,
+            last_used_s_ago=None if self._last_used is None else time.perf_counter() - self._last_used,
+        )
+
+    def close(self) -> None:
+        """Free everything, zeroed. No request may be running."""
+        for part in (self._context, self._model, self._buffer_type, self._loader, self.arena, self._faults):
+            if part is not None:
+                part.close()
+        self._context = self._model = self._buffer_type = self._loader = self._faults = None
+
+
+class _Output:
+    """The answer so far: ids, and text that is complete and free of stop strings."""
+
+    def __init__(self, request: Request, model: Model, emit: Callable[[Token], None]) -> None:
+        self._vocab = model.vocab
+        self._ignore_eos = request.ignore_eos
+        self._emit = emit
+        self._utf8 = Utf8Stream()
+        self._stops = StopStrings(request.stop)
+        self._ids: list[int] = []
+        self._text: list[str] = []
+
+    def is_end(self, token: int) -> bool:
+        return not self._ignore_eos and self._vocab.is_end(token)
+
+    def add(self, token: int) -> bool:
+        """Take a token; True when a stop string is complete."""
+        self._ids.append(token)
+        text = self._stops.feed(self._utf8.feed(self._vocab.piece(token)))
+        self._text.append(text)
+        self._emit(Token(token, text))
+        return self._stops.matched is not None
+
+    def finish(self) -> tuple[str, tuple[int, ...]]:
+        """The whole answer, with what was held back."""
+        self._text += [self._stops.feed(self._utf8.flush()), self._stops.flush()]
+        return "".join(self._text), tuple(self._ids)
+
+
+def _range(region: Region) -> Range:
+    return Range(region.first_segment, region.segment_count)
+
+
+def _seed(request: Request) -> int:
+    return secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed
+
+
+def _kv_bytes(header: GGUFHeader, context_tokens: int) -> int:
+    """Keys and values in F16 for a full context, for architectures with ordinary attention."""
+
+    def number(key: str, default: int) -> int:
+        value = header.metadata.get(f"{header.architecture}.{key}", default)
+        if isinstance(value, int):
+            return value
+        return (
+            max((v for v in value if isinstance(v, int)), default=default)
+            if isinstance(value, list)
+            else default
+        )
+
+    heads = number("attention.head_count", 0)
+    if not heads:
+        return 0
+    head = number("embedding_length", 0) // heads
+    per_token = number("attention.key_length", head) + number("attention.value_length", head)
+    return (
+        number("block_count", 0) * number("attention.head_count_kv", heads) * per_token * 2 * context_tokens
+    )

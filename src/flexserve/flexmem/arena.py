@@ -1,0 +1,313 @@
+"""The arena: a model's image as address space whose pages come and go, segment by segment.
+
+Knows which segments are resident and how to place, recall, hand over and pin them. Does not know where
+plaintext comes from (source.py) nor when it is wanted (loader.py).
+
+A segment's state changes under one lock, and only like this (place/recall, lazy/pin are pairs):
+
+    ABSENT --claim--> LOADING --placed--> RESIDENT --lazy--> LAZY --pin--> RESIDENT
+       ^                 ^                    |                |
+       |                 +---- lost pages ----+----------------+     (the kernel took single pages)
+       +------------------------ recall ------+----------------+
+
+A thread that touches a page that is not there waits in the kernel until it is placed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from ..core import PAGE_SIZE, SEGMENT_SIZE
+from ..errors import FlexServeError
+from ..sealed.format import Region
+from . import uffd
+from .uffd import Userfaultfd, libc
+
+MADV_POPULATE_WRITE = 23
+RECALL_CHUNK = 4 << 20  # the longest stretch taken under the lock at a time
+
+
+class SegmentState(IntEnum):
+    """State of one segment in the arena."""
+
+    ABSENT = 0
+    LOADING = 1
+    RESIDENT = 2
+    LAZY = 3
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive segments of one region: `count` from index `first`, and their bytes in the image."""
+
+    first: int
+    count: int
+    offset: int
+    length: int
+
+
+@dataclass
+class Counters:
+    """What happened in this arena since it was made; bytes, and numbers of events."""
+
+    placed_bytes: int = 0
+    recalled_bytes: int = 0
+    lazy_bytes: int = 0
+    lost_segments: int = 0  # segments of which the kernel took pages while they were LAZY
+
+
+class Arena:
+    """Address space for one image. Thread-safe."""
+
+    def __init__(
+        self,
+        regions: Sequence[Region],
+        faults: Userfaultfd | None,
+        *,
+        hide_from_dumps: bool = True,
+    ) -> None:
+        """`regions`: EMBED and BODY of the manifest. Without `faults` (no userfaultfd) a page that is touched
+        before it is placed reads as zeros, so everything must be placed before anything computes.
+        """
+        self.regions = [r for r in regions if r.segment_count]
+        self.length = -(-max(r.image_offset + r.padded_bytes for r in self.regions) // PAGE_SIZE) * PAGE_SIZE
+        self.counters = Counters()
+        self.poisoned: FlexServeError | None = None
+        self._faults = faults
+        self._lock = threading.RLock()
+        last = max(r.first_segment + r.segment_count for r in self.regions)
+        self._state = bytearray(last)
+        self.base = uffd.reserve(self.length)
+        uffd.advise(self.base, self.length, uffd.MADV_DONTFORK)
+        if hide_from_dumps:
+            uffd.advise(self.base, self.length, uffd.MADV_DONTDUMP)
+        if faults is not None:
+            faults.register(self.base, self.length)
+
+    # Geometry
+
+    def span(self, first: int, count: int = 1) -> Span:
+        """Where consecutive segments lie. Raises `IndexError` unless all are in one region."""
+        for r in self.regions:
+            at = first - r.first_segment
+            if at >= 0 and at + count <= r.segment_count:
+                start = at * r.unit_bytes
+                end = min((at + count) * r.unit_bytes, r.padded_bytes)
+                return Span(first, count, r.image_offset + start, end - start)
+        raise IndexError(f"segments {first} to {first + count - 1} are not in one region of the image")
+
+    def segment_at(self, offset: int) -> int | None:
+        """The segment at an image offset; None in the gap between the regions."""
+        for r in self.regions:
+            if 0 <= offset - r.image_offset < r.padded_bytes:
+                return r.first_segment + (offset - r.image_offset) // r.unit_bytes
+        return None
+
+    # State
+
+    def state(self, index: int) -> SegmentState:
+        return SegmentState(self._state[index])
+
+    def claim(self, first: int, limit: int) -> Span | None:
+        """Claim the longest run of absent segments that starts at `first`, at most `limit`, in one region.
+
+        Whoever gets a span must end it with `placed` or `poison`. None when `first` is not absent.
+        """
+        with self._lock:
+            if self.poisoned or self._state[first] != SegmentState.ABSENT:
+                return None
+            end = next(
+                r.first_segment + r.segment_count
+                for r in self.regions
+                if first < r.first_segment + r.segment_count
+            )
+            count = 1
+            while count < limit and first + count < end and self._state[first + count] == SegmentState.ABSENT:
+                count += 1
+            self._mark(first, count, SegmentState.LOADING)
+            return self.span(first, count)
+
+    def claim_fault(self, offset: int) -> Span | None:
+        """What to load because a thread waits at an image offset; None when nothing is to be done (any more)."""
+        page = offset & ~(PAGE_SIZE - 1)
+        with self._lock:
+            index = self.segment_at(offset)
+            if index is None or self.poisoned:
+                self._zero(page, PAGE_SIZE)
+                return None
+            state = self._state[index]
+            if state == SegmentState.LOADING:
+                return None  # it is on its way, and placing it wakes the thread
+            if state != SegmentState.ABSENT:
+                if uffd.resident_pages(self.base + page, PAGE_SIZE)[0]:
+                    self._wake(page, PAGE_SIZE)  # placed between the fault and now
+                    return None
+                self.counters.lost_segments += 1
+            self._state[index] = SegmentState.LOADING
+            return self.span(index)
+
+    def _mark(self, first: int, count: int, state: SegmentState) -> None:
+        self._state[first : first + count] = bytes([state]) * count
+
+    # Moving pages
+
+    def place(self, span: Span, source: int) -> None:
+        """Put `span.length` bytes from address `source` at a claimed span, and wake who waits for them.
+
+        Pages of the span that are there already are left alone.
+        """
+        if self._faults is None:
+            libc.memmove(self.base + span.offset, source, span.length)
+        else:
+            self._faults.copy(self.base + span.offset, source, span.length)
+        with self._lock:
+            self._mark(span.first, span.count, SegmentState.RESIDENT)
+            self.counters.placed_bytes += span.length
+
+    def recall(self, segments: Iterable[int]) -> int:
+        """Zero these segments' pages and give them back to the kernel; returns the bytes given back.
+
+        Allowed at any time: a thread that computes on them waits until they are placed again. The pages are
+        taken out of the arena first and zeroed where nobody looks, so no thread ever sees the zeros.
+        Segments that are absent or on their way are passed over.
+        """
+        freed = 0
+        for span in self._runs(segments, RECALL_CHUNK):
+            with self._lock:
+                # A state may have changed since the runs were made: take only what is still there.
+                if any(
+                    self._state[i] < SegmentState.RESIDENT for i in range(span.first, span.first + span.count)
+                ):
+                    continue
+                away = uffd.move_away(self.base + span.offset, span.length)
+                self._mark(span.first, span.count, SegmentState.ABSENT)
+                self.counters.recalled_bytes += span.length
+            libc.memset(away, 0, span.length)
+            uffd.release(away, span.length)
+            freed += span.length
+        return freed
+
+    def lazy(self, segments: Iterable[int]) -> int:
+        """Let the kernel take these resident segments when it wants, without asking (MADV_FREE).
+
+        Their content stays valid until it does. Returns the bytes handed over.
+        """
+        handed = 0
+        for span in self._runs(segments, 64 << 20):
+            with self._lock:
+                if any(
+                    self._state[i] != SegmentState.RESIDENT
+                    for i in range(span.first, span.first + span.count)
+                ):
+                    continue
+                uffd.advise(self.base + span.offset, span.length, uffd.MADV_FREE)
+                self._mark(span.first, span.count, SegmentState.LAZY)
+                self.counters.lazy_bytes += span.length
+            handed += span.length
+        return handed
+
+    def pin(self, segments: Iterable[int]) -> int:
+        """Make lazy segments stay again. Those of which the kernel took pages become absent.
+
+        Returns the bytes that stayed. Source: madvise(2), MADV_FREE ends at the next write.
+        """
+        kept = 0
+        for index in segments:
+            with self._lock:
+                if self._state[index] != SegmentState.LAZY:
+                    continue
+                span = self.span(index)
+                try:
+                    # Marks every page written without changing it; EFAULT where one is missing.
+                    uffd.advise(self.base + span.offset, span.length, MADV_POPULATE_WRITE)
+                except OSError:
+                    self.counters.lost_segments += 1
+                    self._state[index] = SegmentState.ABSENT
+                    continue
+                self._state[index] = SegmentState.RESIDENT
+            kept += span.length
+        return kept
+
+    def _runs(self, segments: Iterable[int], limit: int) -> list[Span]:
+        """Join neighbours among the segments that have pages, up to `limit` bytes a run."""
+        runs: list[Span] = []
+        for index in segments:
+            if self._state[index] < SegmentState.RESIDENT:
+                continue
+            one = self.span(index)
+            previous = runs[-1] if runs else None
+            if (
+                previous is not None
+                and previous.first + previous.count == index
+                and previous.offset + previous.length == one.offset
+                and previous.length + one.length <= limit
+                and self._state[previous.first] == self._state[index]
+            ):
+                runs[-1] = Span(
+                    previous.first, previous.count + 1, previous.offset, previous.length + one.length
+                )
+            else:
+                runs.append(one)
+        return runs
+
+    # Failure
+
+    def poison(self, error: FlexServeError) -> None:
+        """Give up on this model: release every waiting thread, now and later, with zeros.
+
+        What is computed afterwards is worthless: callers check `poisoned` before they use a result. The
+        first error is the one that is kept.
+        """
+        with self._lock:
+            if self.poisoned is None:
+                self.poisoned = error
+            for r in self.regions:
+                for index in range(r.first_segment, r.first_segment + r.segment_count):
+                    if self._state[index] == SegmentState.LOADING:
+                        span = self.span(index)
+                        self._zero(span.offset, span.length)
+                        self._state[index] = SegmentState.ABSENT
+
+    def _zero(self, offset: int, length: int) -> None:
+        if self._faults is not None:
+            self._faults.zero(self.base + offset, length)
+
+    def _wake(self, offset: int, length: int) -> None:
+        if self._faults is not None:
+            self._faults.wake(self.base + offset, length)
+
+    # Reports
+
+    def segments_in(self, *states: SegmentState) -> list[int]:
+        """Indices of the segments in one of these states, in file order."""
+        return [
+            i
+            for r in self.regions
+            for i in range(r.first_segment, r.first_segment + r.segment_count)
+            if self._state[i] in states
+        ]
+
+    def bytes_in(self, state: SegmentState) -> int:
+        """Bytes of all segments in a state."""
+        total = 0
+        for r in self.regions:
+            part = self._state[r.first_segment : r.first_segment + r.segment_count]
+            total += part.count(state) * r.unit_bytes
+            if part[-1] == state:
+                total -= r.segment_count * r.unit_bytes - r.padded_bytes
+        return total
+
+    def resident_pages(self) -> int:
+        """Pages that are in memory right now, asked of the kernel: the truth behind the states."""
+        return sum(uffd.resident_pages(self.base, self.length))
+
+    def close(self) -> None:
+        """Zero and return everything. Nothing may compute on the arena any more."""
+        self.recall(self.segments_in(SegmentState.RESIDENT, SegmentState.LAZY))
+        uffd.release(self.base, self.length)
+
+
+__all__ = ["SEGMENT_SIZE", "Arena", "Counters", "SegmentState", "Span"]

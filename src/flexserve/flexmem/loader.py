@@ -1,0 +1,242 @@
+"""The loader: threads that keep an arena filled ahead of compute, and serve the pages compute waits for.
+
+    fault handler   one thread: a missing page becomes an urgent span
+    workers         read -> authenticate and decrypt -> place; urgent spans first, then the plan in order
+    watchdog        one thread: nobody waits for ever, whatever dies
+
+Knows nothing of models; a plan is a list of index ranges (framework.order). llama.cpp is not involved: a
+compute thread that runs ahead of the loader waits in the kernel until its page is placed.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+from ..errors import EngineFailure, FlexServeError
+from ..framework.order import Range
+from .arena import Arena, SegmentState, Span
+from .source import Source, Staging
+from .uffd import Userfaultfd
+
+WORKERS = 3  # with one read each in flight, enough to keep storage busy while another decrypts
+RUN_SEGMENTS = 64  # 64 embedding units are as long as one body segment
+FAULT_TIMEOUT_S = 60.0  # storage that is silent for longer ends the request
+
+
+@dataclass(frozen=True)
+class LoadTimes:
+    """Sums over all workers since the start; seconds and bytes."""
+
+    load_bytes: int = 0
+    read_s: float = 0.0
+    decrypt_s: float = 0.0
+    place_s: float = 0.0
+    faults: int = 0
+    fault_wait_s: float = 0.0
+
+    def since(self, earlier: LoadTimes) -> LoadTimes:
+        """The difference, for one request."""
+        names = (field.name for field in fields(self))
+        return LoadTimes(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
+
+
+class Loader:
+    """Fills one arena from one source. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        source: Source,
+        faults: Userfaultfd | None,
+        *,
+        workers: int = WORKERS,
+        name: str = "model",
+    ) -> None:
+        self.arena = arena
+        self._source = source
+        self._faults = faults
+        self._condition = threading.Condition()
+        self._urgent: deque[Span] = deque()
+        self._plan: deque[Range] = deque()
+        self._busy = 0
+        self._waiting: dict[int, float] = {}  # first segment of an urgent span -> when its fault came
+        self._times = LoadTimes()
+        self._closing = False
+        self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"load-{name}-{i}", daemon=True) for i in range(workers)
+        ]
+        if faults is not None:
+            self._handler = threading.Thread(target=self._handle, name=f"fault-{name}", daemon=True)
+            self._threads.append(self._handler)
+            self._threads.append(threading.Thread(target=self._watch, name=f"watch-{name}", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether compute may start before everything is placed."""
+        return self._faults is not None
+
+    def load(self, order: Iterable[Range]) -> None:
+        """Load these ranges, in this order, in the background; replaces what was planned before."""
+        with self._condition:
+            self._plan = deque(order)
+            self._condition.notify_all()
+
+    def wait(self) -> None:
+        """Until the plan is done or the arena is poisoned."""
+        with self._condition:
+            self._condition.wait_for(lambda: (not self._plan and not self._busy) or self.arena.poisoned)
+
+    def times(self) -> LoadTimes:
+        with self._condition:
+            return self._times
+
+    def check(self) -> None:
+        """Raises the error that poisoned the arena, if one did: nothing computed since then may be used."""
+        if self.arena.poisoned is not None:
+            raise self.arena.poisoned
+
+    # Workers
+
+    def _next(self) -> Span | None:
+        """The next span to load, claimed; None when closing."""
+        with self._condition:
+            while not self._closing:
+                if self._urgent:
+                    self._busy += 1
+                    return self._urgent.popleft()
+                span = self._next_planned()
+                if span is not None:
+                    self._busy += 1
+                    return span
+                if not self._busy:
+                    self._condition.notify_all()  # whoever waits for the plan
+                self._condition.wait()
+        return None
+
+    def _next_planned(self) -> Span | None:
+        while self._plan:
+            ahead = self._plan[0]
+            state = self.arena.state
+            skip = 0
+            while skip < ahead.count and state(ahead.first + skip) != SegmentState.ABSENT:
+                skip += 1
+            span = None
+            if skip < ahead.count:
+                unit = self.arena.span(ahead.first + skip).length
+                limit = max(1, min(ahead.count - skip, RUN_SEGMENTS * (16 << 10) // unit))
+                span = self.arena.claim(ahead.first + skip, limit)
+                if span is not None:
+                    skip += span.count
+                elif self.arena.poisoned:
+                    self._plan.clear()
+                    return None
+            if skip >= ahead.count:
+                self._plan.popleft()
+            else:
+                self._plan[0] = Range(ahead.first + skip, ahead.count - skip)
+            if span is not None:
+                return span
+        return None
+
+    def _work(self) -> None:
+        staging = Staging()
+        try:
+            while (span := self._next()) is not None:
+                self._load_one(span, staging)
+        except BaseException as error:  # a worker that dies must not leave compute waiting
+            self._give_up(EngineFailure(f"a loader thread ended: {type(error).__name__}: {error}"))
+        finally:
+            staging.wipe()
+
+    def _load_one(self, span: Span, staging: Staging) -> None:
+        try:
+            took = self._source.fetch(span, staging)
+            start = time.perf_counter()
+            self.arena.place(span, staging.address)
+            placed = time.perf_counter()
+        except FlexServeError as error:
+            self._give_up(error)
+            placed = None
+        with self._condition:
+            self._busy -= 1
+            began = self._waiting.pop(span.first, None)
+            if placed is not None:
+                t = self._times
+                self._times = replace(
+                    t,
+                    load_bytes=t.load_bytes + span.length,
+                    read_s=t.read_s + took.read_s,
+                    decrypt_s=t.decrypt_s + took.decrypt_s,
+                    place_s=t.place_s + placed - start,
+                    fault_wait_s=t.fault_wait_s + (placed - began if began is not None else 0.0),
+                )
+            if not self._busy and not self._plan:
+                self._condition.notify_all()
+
+    def _give_up(self, error: FlexServeError) -> None:
+        self.arena.poison(error)
+        with self._condition:
+            self._plan.clear()
+            self._urgent.clear()
+            self._waiting.clear()
+            self._condition.notify_all()
+
+    # Faults
+
+    def _handle(self) -> None:
+        try:
+            self._serve_faults()
+        except BaseException as error:
+            self._give_up(EngineFailure(f"the fault handler ended: {type(error).__name__}: {error}"))
+            self._serve_faults()  # poisoned now: every page is answered with zeros
+
+    def _serve_faults(self) -> None:
+        assert self._faults is not None
+        poll = select.poll()
+        poll.register(self._faults.fd, select.POLLIN)
+        poll.register(self._stop_read, select.POLLIN)
+        while not self._closing:
+            poll.poll()
+            for address in self._faults.faults():
+                span = self.arena.claim_fault(address - self.arena.base)
+                with self._condition:
+                    self._times = replace(self._times, faults=self._times.faults + 1)
+                    if span is not None:
+                        self._waiting[span.first] = time.perf_counter()
+                        self._urgent.append(span)
+                        self._condition.notify()
+
+    def _watch(self) -> None:
+        """Poison when the fault handler is dead or a fault is not answered; serve zeros in its place."""
+        while not self._closing:
+            select.select([self._stop_read], [], [], 1.0)
+            now = time.perf_counter()
+            with self._condition:
+                stuck = [s for s, began in self._waiting.items() if now - began > FAULT_TIMEOUT_S]
+            if stuck:
+                self._give_up(
+                    EngineFailure(f"segment {stuck[0]} did not arrive within {FAULT_TIMEOUT_S:.0f} s")
+                )
+            if not self._handler.is_alive() and not self._closing:
+                self._give_up(EngineFailure("the fault handler is gone"))
+                self._serve_faults()
+
+    def close(self) -> None:
+        """Stop all threads; the arena stays as it is. Nothing may compute on it any more."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        os.write(self._stop_write, b"x")
+        for thread in self._threads:
+            thread.join()
+        os.close(self._stop_read)
+        os.close(self._stop_write)

@@ -1,0 +1,42 @@
+"""In which order segments are loaded for a request: what compute needs first comes first (paper, 5.1).
+
+Pure. Knows regions of a sealed model as index ranges; does not know which of them are resident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Range:
+    """Consecutive segment indices: `first` to `first + count - 1`."""
+
+    first: int
+    count: int
+
+
+def join(indices: Iterable[int]) -> list[Range]:
+    """Sorted indices as ranges of neighbours."""
+    ranges: list[Range] = []
+    for index in indices:
+        if ranges and ranges[-1].first + ranges[-1].count == index:
+            ranges[-1] = Range(ranges[-1].first, ranges[-1].count + 1)
+        else:
+            ranges.append(Range(index, 1))
+    return ranges
+
+
+def load_order(embed: Range, body: Range, rows: Iterable[int], *, tied_output: bool) -> list[Range]:
+    """The order for one request: the embedding units of the prompt's tokens, the body (which is sealed in
+    execution order), then the whole embedding when it serves as output matrix too.
+
+    `rows`: sorted units within EMBED, counted from 0. An untied embedding is never loaded as a whole:
+    the rows of generated tokens are fetched when compute touches them.
+    """
+    order = [Range(embed.first + r.first, r.count) for r in join(rows)]
+    order.append(body)
+    if tied_output:
+        order.append(embed)
+    return order

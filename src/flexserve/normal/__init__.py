@@ -1,1 +1,0 @@
-"""The untrusted side: ciphertext storage and the supervisor. Holds no key."""

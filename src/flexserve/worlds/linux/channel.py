@@ -1,0 +1,231 @@
+"""The channel between the worlds: typed messages over a socket pair, and descriptors beside them.
+
+A frame is a 4-byte little-endian length and that many bytes of MessagePack, decoded against the union of the
+messages the other side may send: whatever does not fit exactly is refused, and ends the channel. Descriptors
+travel with the first byte of the message that announces them (SCM_RIGHTS).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from typing import Annotated, Any
+
+import msgspec
+
+from ...core import Finished, ModelInfo, Request, WorldStatus
+from ...errors import EngineFailure, FlexServeError, by_code
+
+MAX_FRAME = 64 << 20
+MAX_DESCRIPTORS = 4
+_LENGTH = struct.Struct("<I")
+
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True, array_like=True, tag=True):
+    """Base of all messages; the class's name is the tag."""
+
+
+# Normal world to secure world
+
+
+class Configure(_Message):
+    """The first message: where the secure world finds its own key and trust, and how to compute."""
+
+    device_key: Text
+    passphrase_file: Text | None
+    vendor_pub: Text | None
+    trust_dir: Text
+    threads: int
+    context_tokens: int | None
+    on_demand: bool
+    hardened: bool
+
+
+class Register(_Message):
+    """Make a model ready. Descriptors: the sealed file through the page cache and, maybe, past it."""
+
+    call: int
+    name: Text
+    licence: bytes
+    state: bytes | None
+    descriptors: int
+
+
+class Generate(_Message):
+    """Answer a request; everything about it then carries `request.id`."""
+
+    request: Request
+
+
+class Cancel(_Message):
+    """Stop a request that waits or runs."""
+
+    id: Text
+
+
+class Recall(_Message):
+    """Give back up to `nbytes`."""
+
+    call: int
+    nbytes: int
+
+
+class Status(_Message):
+    """Report."""
+
+    call: int
+
+
+# Secure world to normal world
+
+
+class Ready(_Message):
+    """The answer to `Configure`."""
+
+    device_key_id: bytes
+    flexmem: str
+
+
+class Registered(_Message):
+    """The answer to `Register`; `state` is to be stored."""
+
+    call: int
+    info: ModelInfo
+    state: bytes
+
+
+class Tokens(_Message):
+    """One token of an answer."""
+
+    id: Text
+    token: int
+    text: str
+
+
+class Ended(_Message):
+    """The end of an answer."""
+
+    id: Text
+    finished: Finished
+
+
+class Failed(_Message):
+    """A request (by id) or a call (by number; 0 is `Configure`) ended with an error."""
+
+    id: Text | None
+    call: int | None
+    code: Text
+    message: str
+    hint: str
+
+    def error(self) -> FlexServeError:
+        """The exception it stands for."""
+        return by_code(self.code)(self.message, hint=self.hint)
+
+
+class Recalled(_Message):
+    """The answer to `Recall`."""
+
+    call: int
+    nbytes: int
+
+
+class Reported(_Message):
+    """The answer to `Status`."""
+
+    call: int
+    status: WorldStatus
+
+
+ToSecure = Configure | Register | Generate | Cancel | Recall | Status
+ToNormal = Ready | Registered | Tokens | Ended | Failed | Recalled | Reported
+
+
+def failed(error: FlexServeError, *, request: str | None = None, call: int | None = None) -> Failed:
+    """An error as a message."""
+    return Failed(request, call, error.code, error.message[:4000], error.hint[:4000])
+
+
+class ChannelBroken(EngineFailure):
+    """The other side sent something that is no message."""
+
+    code = "channel_broken"
+
+
+class Channel:
+    """One end. Any thread may send; one thread receives."""
+
+    def __init__(self, sock: socket.socket, incoming: Any) -> None:
+        """`incoming`: the union of messages the other side may send."""
+        self._sock = sock
+        self._decoder = msgspec.msgpack.Decoder(incoming)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._sending = threading.Lock()
+        self._descriptors: deque[int] = deque()
+        self._buffer = bytearray()
+
+    def send(self, message: _Message, descriptors: tuple[int, ...] = ()) -> None:
+        """Raises `OSError` when the other side is gone."""
+        body = self._encoder.encode(message)
+        if len(body) > MAX_FRAME:
+            raise ChannelBroken(f"a message of {len(body)} bytes is too long")
+        frame = memoryview(_LENGTH.pack(len(body)) + body)
+        with self._sending:
+            if descriptors:
+                sent = socket.send_fds(self._sock, [frame], list(descriptors))
+                frame = frame[sent:]
+            self._sock.sendall(frame)
+
+    def receive(self) -> Any:
+        """The next message; None when the other side has closed. Raises `ChannelBroken`."""
+        head = self._take(_LENGTH.size)
+        if head is None:
+            return None
+        (length,) = _LENGTH.unpack(head)
+        if length > MAX_FRAME:
+            raise ChannelBroken(f"the other world announces a message of {length} bytes")
+        body = self._take(length)
+        if body is None:
+            return None
+        try:
+            return self._decoder.decode(body)
+        except (msgspec.DecodeError, FlexServeError) as error:
+            raise ChannelBroken(f"the other world sent no valid message: {type(error).__name__}") from None
+
+    def take_descriptors(self, count: int) -> list[int]:
+        """The descriptors that came with the message just received. Raises `ChannelBroken`."""
+        if not 0 <= count <= len(self._descriptors):
+            raise ChannelBroken("the other world sent fewer descriptors than announced")
+        return [self._descriptors.popleft() for _ in range(count)]
+
+    def _take(self, count: int) -> bytes | None:
+        while len(self._buffer) < count:
+            try:
+                data, fds, flags, _ = socket.recv_fds(self._sock, 1 << 18, MAX_DESCRIPTORS)
+            except ConnectionError:
+                return None
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            self._descriptors.extend(fds)
+            if flags & socket.MSG_CTRUNC or len(self._descriptors) > 4 * MAX_DESCRIPTORS:
+                raise ChannelBroken("the other world sent too many descriptors")
+            if not data:
+                return None
+            self._buffer += data
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+    def shut(self) -> None:
+        """End both directions: whoever receives gets None."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._sock.close()

@@ -1,0 +1,257 @@
+"""The secure world's process: keys, plaintext, prompts and KV live here and nowhere else.
+
+    main thread      receives messages; cancels, recalls and reports at once
+    compute thread   registers models and answers requests, one after the other
+    loader threads   one set per model (flexmem.loader)
+
+It reads two things by itself, before anything else: the device's key and whom the device trusts. Models come
+as descriptors, licences and the device state as bytes; it opens no other file. It ends when the channel does.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from ...core import Finished, FinishReason, Request, Timings, Token, WorldStatus
+from ...engine import llama
+from ...engine.model import EngineOptions, SecureModel
+from ...engine.template import TemplateZygote
+from ...errors import EngineFailure, FlexServeError, ModelNotFound
+from ...flexmem.uffd import UffdDeniedError, Userfaultfd
+from ...sealed.keyfile import load_device_key, read_passphrase_file
+from ...sealed.keys import DeviceKey, VendorPublicKey
+from ...sealed.licence import open_licence
+from ...sealed.reader import SealedModel
+from ...sealed.trust import TrustStore, read_public_key
+from .channel import (
+    Cancel,
+    Channel,
+    ChannelBroken,
+    Configure,
+    Ended,
+    Generate,
+    Ready,
+    Recall,
+    Recalled,
+    Register,
+    Registered,
+    Reported,
+    Status,
+    Tokens,
+    ToSecure,
+    failed,
+)
+
+
+class SecureWorld:
+    """The process's state. Made after `Configure`."""
+
+    def __init__(self, channel: Channel, configure: Configure, zygote: TemplateZygote) -> None:
+        """Raises `KeyProblem`, `EngineIncompatible`."""
+        self._channel = channel
+        self._zygote = zygote
+        self._started = time.perf_counter()
+        self.device = _device_key(configure)
+        self._trusted = _trusted(configure)
+        llama.start()
+        self.flexmem = "userfaultfd"
+        if configure.on_demand:
+            try:
+                Userfaultfd().close()
+            except UffdDeniedError as error:
+                self.flexmem = f"none: {error.message}; models load fully before they compute"
+        else:
+            self.flexmem = "none: switched off"
+        self._options = EngineOptions(
+            threads=configure.threads,
+            context_tokens=configure.context_tokens,
+            on_demand=self.flexmem == "userfaultfd",
+            hide_from_dumps=configure.hardened,
+        )
+        self._models: dict[str, SecureModel] = {}
+        self._work: queue.SimpleQueue[tuple[Register, list[int]] | tuple[Request, float]] = (
+            queue.SimpleQueue()
+        )
+        self._lock = threading.Lock()
+        self._pending: set[str] = set()  # requests that wait or run
+        self._cancelled: set[str] = set()
+        self._running: tuple[str, SecureModel] | None = None
+        threading.Thread(target=self._compute, name="compute", daemon=True).start()
+
+    # Main thread
+
+    def handle(self, message: ToSecure) -> None:
+        """Act on one message. Raises `ChannelBroken` for one that makes no sense here."""
+        match message:
+            case Register():
+                self._work.put((message, self._channel.take_descriptors(message.descriptors)))
+            case Generate(request):
+                with self._lock:
+                    if request.id in self._pending:
+                        raise ChannelBroken(f"two requests have the id {request.id!r}")
+                    self._pending.add(request.id)
+                self._work.put((request, time.perf_counter()))
+            case Cancel(request_id):
+                with self._lock:
+                    if request_id in self._pending:
+                        self._cancelled.add(request_id)
+                    if self._running is not None and self._running[0] == request_id:
+                        self._running[1].cancel()
+            case Recall(call, nbytes):
+                self._channel.send(Recalled(call, self._recall(nbytes)))
+            case Status(call):
+                self._channel.send(Reported(call, self._status()))
+            case Configure():
+                raise ChannelBroken("the secure world is configured once")
+
+    def _recall(self, nbytes: int) -> int:
+        freed = 0
+        with self._lock:
+            models = sorted(self._models.values(), key=lambda m: m.last_used)  # least recently used first
+        for model in models:
+            freed += model.recall(nbytes - freed)
+        return freed
+
+    def _status(self) -> WorldStatus:
+        with self._lock:
+            models, active = list(self._models.values()), self._running is not None
+            waiting = len(self._pending) - int(active)
+        return WorldStatus(
+            world="linux",
+            pid=os.getpid(),
+            uptime_s=time.perf_counter() - self._started,
+            active_requests=int(active),
+            waiting_requests=max(waiting, 0),
+            restarts=0,  # the supervisor knows
+            flexmem=self.flexmem,
+            models=tuple(m.status() for m in models),
+        )
+
+    # Compute thread
+
+    def _compute(self) -> None:
+        while True:
+            first, second = self._work.get()
+            try:
+                if isinstance(first, Register):
+                    assert isinstance(second, list)
+                    self._register(first, second)
+                else:
+                    assert isinstance(second, float)
+                    self._answer(first, second)
+            except OSError:
+                return  # the channel is gone; the main thread ends the process
+
+    def _register(self, message: Register, descriptors: list[int]) -> None:
+        try:
+            info_state = self._open(message, descriptors)
+        except FlexServeError as error:
+            _close(descriptors)
+            self._channel.send(failed(error, call=message.call))
+        except Exception as error:
+            _close(descriptors)
+            self._channel.send(
+                failed(EngineFailure(f"registering failed: {type(error).__name__}"), call=message.call)
+            )
+        else:
+            self._channel.send(info_state)
+
+    def _open(self, message: Register, descriptors: list[int]) -> Registered:
+        if not descriptors:
+            raise ChannelBroken("a model without a descriptor")
+        cached, direct = descriptors[0], descriptors[1] if len(descriptors) > 1 else None
+        sealed = SealedModel.open(cached, self._trusted)
+        key, state = open_licence(message.licence, sealed, self.device, message.state, time.time())
+        model = SecureModel(
+            message.name,
+            sealed.unlock(key),
+            cached=cached,
+            direct=direct,
+            zygote=self._zygote,
+            options=self._options,
+        )
+        with self._lock:
+            old = self._models.get(message.name)
+            self._models[message.name] = model
+        if old is not None:
+            old.close()
+        return Registered(message.call, model.info, state)
+
+    def _answer(self, request: Request, accepted_at: float) -> None:
+        with self._lock:
+            model = self._models.get(request.model)
+            cancelled = request.id in self._cancelled
+            if model is not None and not cancelled:
+                self._running = (request.id, model)
+        try:
+            if model is None:
+                raise ModelNotFound(f"no model {request.model!r} is registered")
+            if cancelled:
+                finished = Finished("", (), FinishReason.CANCELLED, Timings())
+            else:
+                finished = model.answer(
+                    request,
+                    lambda token: self._channel.send(_tokens(request.id, token)),
+                    lambda: request.id in self._cancelled,
+                    accepted_at,
+                )
+            end = Ended(request.id, finished)
+        except FlexServeError as error:
+            end = failed(error, request=request.id)  # type: ignore[assignment]
+        except OSError:
+            raise
+        except Exception as error:  # its text may quote a prompt: the type must do
+            end = failed(EngineFailure(f"answering failed: {type(error).__name__}"), request=request.id)  # type: ignore[assignment]
+        with self._lock:
+            self._running = None
+            self._pending.discard(request.id)
+            self._cancelled.discard(request.id)
+        self._channel.send(end)
+
+
+def _tokens(request_id: str, token: Token) -> Tokens:
+    return Tokens(request_id, token.id, token.text)
+
+
+def _close(descriptors: list[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)
+
+
+def _device_key(configure: Configure) -> DeviceKey:
+    def passphrase(source: str) -> bytes:
+        if configure.passphrase_file is not None:
+            return read_passphrase_file(Path(configure.passphrase_file))
+        import getpass
+
+        return getpass.getpass(
+            f"passphrase of {source}: "
+        ).encode()  # from the terminal, past the normal world
+
+    return load_device_key(configure.device_key, passphrase)
+
+
+def _trusted(configure: Configure) -> Collection[VendorPublicKey]:
+    if configure.vendor_pub is not None:
+        return (read_public_key(Path(configure.vendor_pub)),)
+    return TrustStore(Path(configure.trust_dir)).vendors()
+
+
+def serve(channel: Channel, zygote: TemplateZygote) -> None:
+    """Be the secure world until the channel closes. Raises `ChannelBroken`, `OSError`."""
+    configure = channel.receive()
+    if not isinstance(configure, Configure):
+        raise ChannelBroken("the first message must configure the secure world")
+    try:
+        world = SecureWorld(channel, configure, zygote)
+    except FlexServeError as error:
+        channel.send(failed(error, call=0))
+        return
+    channel.send(Ready(world.device.key_id, world.flexmem))
+    while (message := channel.receive()) is not None:
+        world.handle(message)

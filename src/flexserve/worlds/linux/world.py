@@ -1,0 +1,459 @@
+"""The normal side of the linux world: a `World` whose work is done by another process.
+
+Knows paths, ciphertext and how to start a process; holds no key and no plaintext weight. When the secure
+process dies, whoever waits gets `WorldCrashed`, and the process is started again with the same models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...core import Event, Finished, ModelInfo, Request, Token, WorldStatus
+from ...errors import (
+    Busy,
+    EngineFailure,
+    FlexServeError,
+    InvalidRequest,
+    ModelNotFound,
+    ModelUnsupported,
+    NotFound,
+    StorageFailure,
+    WorldCrashed,
+)
+from ...sealed import statefile
+from ...sealed.trust import default_trust_dir
+from ..base import ModelSource
+from .channel import (
+    Cancel,
+    Channel,
+    ChannelBroken,
+    Configure,
+    Ended,
+    Failed,
+    Generate,
+    Ready,
+    Recall,
+    Recalled,
+    Register,
+    Registered,
+    Reported,
+    Status,
+    Tokens,
+    ToNormal,
+)
+
+MAX_IN_FLIGHT = 64
+START_TIMEOUT_S = 120.0  # the passphrase of a key may have to be typed
+CALL_TIMEOUT_S = 300.0
+MAX_LICENCE_BYTES = 1 << 16
+RESTARTS_IN_A_ROW = 3  # without one answer in between
+
+
+class _EndedDuringCall(WorldCrashed):
+    """`WorldCrashed` for whoever had something in flight, not for who came later."""
+
+
+class LinuxGeneration:
+    """One answer in progress (`worlds.base.Generation`)."""
+
+    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
+        self._id = request_id
+        self._cancel = cancel
+        self._items: queue.SimpleQueue[Event | FlexServeError] = queue.SimpleQueue()
+        self._ended = False
+
+    def __iter__(self) -> LinuxGeneration:
+        return self
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        item = self._items.get()
+        self._ended = not isinstance(item, Token)
+        if isinstance(item, FlexServeError):
+            raise item
+        return item
+
+    def cancel(self) -> None:
+        self._cancel(self._id)
+
+    def push(self, item: Event | FlexServeError) -> None:
+        """For the world only."""
+        self._items.put(item)
+
+
+class _Process:
+    """One life of the secure process."""
+
+    def __init__(self, hardened: bool) -> None:
+        ours, theirs = socket.socketpair()
+        arguments = [sys.executable, "-I", "-m", "flexserve.worlds.linux", str(theirs.fileno())]
+        environment = {"GGML_NO_BACKTRACE": "1"}  # or an abort would start a debugger
+        if "CREDENTIALS_DIRECTORY" in os.environ:
+            environment["CREDENTIALS_DIRECTORY"] = os.environ["CREDENTIALS_DIRECTORY"]
+        if not hardened:
+            arguments.append("--insecure-no-hardening")
+        self.popen = subprocess.Popen(
+            arguments,
+            pass_fds=(theirs.fileno(),),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if hardened else None,  # a crash report may quote what it crashed on
+        )
+        theirs.close()
+        self.channel = Channel(ours, ToNormal)
+
+    def end(self) -> str:
+        """Make sure it is gone; how it ended."""
+        self.channel.shut()
+        try:
+            status = self.popen.wait(5)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            status = self.popen.wait()
+        self.channel.close()
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}"
+        return f"exit status {status}"
+
+
+class LinuxWorld:
+    """`worlds.base.World` on stock Linux. Thread-safe."""
+
+    name = "linux"
+
+    def __init__(
+        self,
+        device_key: str,
+        *,
+        vendor_pub: Path | None = None,
+        trust_dir: Path | None = None,
+        passphrase_file: Path | None = None,
+        threads: int | None = None,
+        context_tokens: int | None = None,
+        on_demand: bool = True,
+        hardened: bool = True,
+    ) -> None:
+        """`device_key`: a path, or `credential:NAME`. `vendor_pub` replaces the trust store.
+
+        `on_demand` off: no userfaultfd, models load fully before they compute. `hardened` off is for the
+        tests that show what hardening is worth.
+        """
+        self._configure = Configure(
+            device_key=device_key
+            if device_key.startswith("credential:")
+            else str(Path(device_key).absolute()),
+            passphrase_file=None if passphrase_file is None else str(passphrase_file.absolute()),
+            vendor_pub=None if vendor_pub is None else str(vendor_pub.absolute()),
+            trust_dir=str((trust_dir or default_trust_dir()).absolute()),
+            threads=threads or len(os.sched_getaffinity(0)),
+            context_tokens=context_tokens,
+            on_demand=on_demand,
+            hardened=hardened,
+        )
+        self._lock = threading.Condition()
+        self._registering = threading.Lock()
+        self._process: _Process | None = None
+        self._device_key_id = b""
+        self._failure: FlexServeError | None = None  # why there is no secure world and will be none
+        self._sources: dict[str, ModelSource] = {}
+        self._refused: dict[str, FlexServeError] = {}  # registered once, but not after a restart
+        self._answers: dict[str, LinuxGeneration] = {}
+        self._calls: dict[int, queue.SimpleQueue[Any]] = {}
+        self._numbers = itertools.count(1)
+        self._restarts = 0
+        self._restarts_in_a_row = 0
+        self._serving = False  # the process runs and has its models
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    # The World protocol
+
+    def start(self) -> None:
+        with self._lock:
+            if self._thread is not None or self._closing:
+                return
+        self._begin()
+        self._serving = True
+        self._thread = threading.Thread(target=self._supervise, name="supervise", daemon=True)
+        self._thread.start()
+
+    def register(self, source: ModelSource) -> ModelInfo:
+        with self._registering:
+            info = self._register(source)
+            with self._lock:
+                self._sources[source.name] = source
+                self._refused.pop(source.name, None)
+        return info
+
+    def generate(self, request: Request) -> LinuxGeneration:
+        generation = LinuxGeneration(request.id, self._cancel)
+        with self._lock:
+            process = self._running()
+            if request.model in self._refused:
+                raise self._refused[request.model]
+            if request.model not in self._sources:
+                raise ModelNotFound(f"no model {request.model!r} is registered")
+            if request.id in self._answers:
+                raise InvalidRequest(f"a request with id {request.id!r} is in flight already")
+            if len(self._answers) >= MAX_IN_FLIGHT:
+                raise Busy(f"{len(self._answers)} requests are in flight already")
+            self._answers[request.id] = generation
+        with contextlib.suppress(OSError):  # the process died: whoever supervises it ends this answer
+            process.channel.send(Generate(request))
+        return generation
+
+    def recall(self, nbytes: int) -> int:
+        answer = self._call(lambda call: Recall(call, nbytes))
+        assert isinstance(answer, Recalled)
+        return answer.nbytes
+
+    def status(self) -> WorldStatus:
+        answer = self._call(Status)
+        assert isinstance(answer, Reported)
+        return dataclasses.replace(answer.status, restarts=self._restarts)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closing = True
+            process = self._process
+            self._lock.notify_all()
+        if process is not None:
+            process.channel.shut()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def pid(self) -> int | None:
+        """The secure process, while there is one."""
+        with self._lock:
+            return None if self._process is None else self._process.popen.pid
+
+    # Talking to the process
+
+    def _running(self) -> _Process:
+        """The process; waits while it is being started again. Call with the lock held."""
+        if self._thread is None and not self._closing:
+            raise EngineFailure("the world was not started")
+        self._lock.wait_for(lambda: self._serving or self._closing or self._failure, CALL_TIMEOUT_S)
+        if self._closing:
+            raise WorldCrashed("the world is closed", hint="")
+        if self._failure is not None:
+            raise self._failure
+        if not self._serving or self._process is None:
+            raise WorldCrashed("the secure world does not start")
+        return self._process
+
+    def _call(
+        self, make: Callable[[int], Any], descriptors: tuple[int, ...] = (), process: _Process | None = None
+    ) -> Any:
+        """Send a message and wait for its answer. Raises what the secure world says, or `WorldCrashed`."""
+        with self._lock:
+            process = process or self._running()
+            if process is not self._process:
+                raise WorldCrashed("the secure world has ended")
+            number = next(self._numbers)
+            inbox = self._calls[number] = queue.SimpleQueue()
+        try:
+            with contextlib.suppress(OSError):  # the process died: the supervisor answers
+                process.channel.send(make(number), descriptors)
+            answer = inbox.get(timeout=CALL_TIMEOUT_S)
+        except queue.Empty:
+            raise EngineFailure("the secure world does not answer") from None
+        finally:
+            with self._lock:
+                self._calls.pop(number, None)
+        if isinstance(answer, FlexServeError):
+            raise answer
+        return answer
+
+    def _register(self, source: ModelSource, process: _Process | None = None) -> ModelInfo:
+        descriptors = open_sealed(source.sealed)
+        try:
+            licence = read_licence(source.licence)
+            path = statefile.state_path(self._device_key_id)
+            with statefile.locked(path):
+                state = statefile.load(path)
+                answer = self._call(
+                    lambda call: Register(call, source.name, licence, state, len(descriptors)),
+                    tuple(descriptors),
+                    process,
+                )
+                assert isinstance(answer, Registered)
+                statefile.store(path, answer.state)
+        except _EndedDuringCall as error:
+            if self._closing:
+                raise
+            raise ModelUnsupported(
+                f"the secure world ended while it loaded {source.sealed}: {error.message}"
+            ) from error
+        finally:
+            for fd in descriptors:
+                os.close(fd)
+        return answer.info
+
+    def _cancel(self, request_id: str) -> None:
+        with self._lock:
+            process = self._process
+            if process is None or request_id not in self._answers:
+                return
+        with contextlib.suppress(OSError):
+            process.channel.send(Cancel(request_id))
+
+    # Supervision
+
+    def _begin(self) -> None:
+        """Start the process and configure it. Raises what keeps it from running."""
+        process = _Process(self._configure.hardened)
+        timer = threading.Timer(START_TIMEOUT_S, process.popen.kill)
+        timer.start()
+        try:
+            process.channel.send(self._configure)
+            answer = process.channel.receive()
+        except (OSError, ChannelBroken):
+            answer = None
+        finally:
+            timer.cancel()
+        if not isinstance(answer, Ready):
+            how = process.end()
+            if isinstance(answer, Failed):
+                raise answer.error()
+            raise EngineFailure(f"the secure world did not start ({how})")
+        self._device_key_id = answer.device_key_id
+        with self._lock:
+            self._process = process
+            if self._closing:  # `close` came while there was none to shut
+                process.channel.shut()
+
+    def _supervise(self) -> None:
+        while True:
+            process = self._process
+            assert process is not None
+            try:
+                while (message := process.channel.receive()) is not None:
+                    self._handle(message)
+            except (OSError, ChannelBroken):
+                pass
+            how = process.end()
+            with self._lock:
+                self._process = None
+                self._serving = False
+            error = _EndedDuringCall(
+                "the world was closed" if self._closing else f"the secure world ended unexpectedly ({how})",
+                hint="" if self._closing else None,
+            )
+            self._end_all(error)
+            if self._closing:
+                return
+            self._restarts += 1
+            self._restarts_in_a_row += 1
+            try:
+                if self._restarts_in_a_row > RESTARTS_IN_A_ROW:
+                    raise EngineFailure(
+                        f"the secure world ended {self._restarts_in_a_row} times in a row ({how})"
+                    )
+                self._begin()
+            except FlexServeError as failure:
+                with self._lock:
+                    self._failure = failure
+                    self._lock.notify_all()
+                return
+            threading.Thread(
+                target=self._register_again, args=(self._process,), name="register-again", daemon=True
+            ).start()
+
+    def _register_again(self, process: _Process) -> None:
+        """Give the models to a fresh process; requests that arrive meanwhile wait in `_running`."""
+        with self._registering:
+            for name, source in list(self._sources.items()):
+                if name in self._refused:
+                    continue
+                try:
+                    self._register(source, process)
+                except FlexServeError as error:
+                    if type(error) is WorldCrashed:
+                        return  # it ended again, and whoever starts the next one begins anew
+                    with self._lock:
+                        self._refused[name] = error
+            with self._lock:
+                self._serving = process is self._process
+                self._lock.notify_all()
+
+    def _end_all(self, error: FlexServeError) -> None:
+        with self._lock:
+            answers, self._answers = list(self._answers.values()), {}
+            calls, self._calls = list(self._calls.values()), {}
+        for answer in answers:
+            answer.push(error)
+        for call in calls:
+            call.put(error)
+
+    def _handle(self, message: Any) -> None:
+        match message:
+            case Tokens(request_id, token, text):
+                self._push(request_id, Token(token, text))
+            case Ended(request_id, finished):
+                self._restarts_in_a_row = 0
+                self._push(request_id, finished)
+            case Failed(id=str(request_id)):
+                self._push(request_id, message.error())
+            case Failed(call=int(call)):
+                self._reply(call, message.error())
+            case Registered() | Recalled() | Reported():
+                self._reply(message.call, message)
+            case _:
+                raise ChannelBroken("the secure world sent a message out of turn")
+
+    def _push(self, request_id: str, item: Event | FlexServeError) -> None:
+        with self._lock:
+            answer = self._answers.get(request_id)
+            if isinstance(item, Finished | FlexServeError):
+                self._answers.pop(request_id, None)
+        if answer is not None:
+            answer.push(item)
+
+    def _reply(self, call: int, answer: Any) -> None:
+        with self._lock:
+            inbox = self._calls.get(call)
+        if inbox is not None:
+            inbox.put(answer)
+
+
+def open_sealed(path: Path) -> list[int]:
+    """Descriptors of a sealed model: through the page cache, and past it where the file system can.
+
+    Raises `NotFound`, `StorageFailure`.
+    """
+    try:
+        descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC)]
+    except FileNotFoundError:
+        raise NotFound(f"there is no file {path}") from None
+    except OSError as error:
+        raise StorageFailure(f"cannot read {path}: {error.strerror}") from error
+    with contextlib.suppress(OSError):
+        descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+    return descriptors
+
+
+def read_licence(path: Path) -> bytes:
+    """A licence file's content, at most MAX_LICENCE_BYTES. Raises `NotFound`, `StorageFailure`."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_LICENCE_BYTES)
+    except FileNotFoundError:
+        raise NotFound(f"there is no licence {path}") from None
+    except OSError as error:
+        raise StorageFailure(f"cannot read {path}: {error.strerror}") from error
