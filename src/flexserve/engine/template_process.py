@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import gc
 import json
@@ -28,6 +29,9 @@ MEMORY_LIMIT = 512 << 20  # beyond what the zygote has
 MAX_OUTPUT_CHARS = 8 << 20
 MAX_REQUEST_BYTES = 64 << 20  # 4 Mi characters, each up to 6 bytes in JSON, and many messages
 COMPILED_TEMPLATES = 16
+
+for _codec in ("unicode-escape", "utf-16-le"):  # Python imports codecs from files when first used
+    codecs.lookup(_codec)
 
 _LENGTH = struct.Struct("<I")
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
@@ -107,7 +111,6 @@ def _warm_up(environment: template_env.TemplateEnvironment) -> None:
         raise RuntimeError("this version of Jinja compiles templates in another way")
     time.strftime("%d %b %Y")
     json.loads(json.dumps({"é": [1, True, None, 0.5]}))
-    "a".encode("utf-16-le", "surrogatepass")
 
 
 def _reap(children: dict[int, float]) -> None:

@@ -48,7 +48,8 @@ MAX_KEYS = 4096
 MAX_TENSORS = 16384
 MAX_KEY_BYTES = 256
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME is 64 with the final NUL
-MAX_STRING_BYTES = 1 << 20  # one value or element; chat templates have their own, smaller limit
+MAX_VALUE_BYTES = 32 << 20  # some files carry a whole tokenizer.json; chat templates have a smaller limit
+MAX_STRING_BYTES = 1 << 20  # an element of an array
 MAX_ARRAY_STRINGS = 1 << 20  # in all arrays of strings together
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 16
@@ -276,7 +277,7 @@ def _read_metadata(
             else:
                 metadata[key] = _number_array(reader, key, element, length)
         elif kind is ValueType.STRING:
-            metadata[key] = reader.string(f"the value of key {key!r}", MAX_STRING_BYTES)
+            metadata[key] = reader.string(f"the value of key {key!r}", MAX_VALUE_BYTES)
         else:
             metadata[key] = _number_array(reader, key, kind, 1)[0].item()
         types[key] = (kind, element)
