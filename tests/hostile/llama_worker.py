@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 import sys
 
 import llama_cpp
@@ -53,6 +54,7 @@ def main() -> None:
     llama_cpp.llama_log_set(quiet, None)
     llama_cpp.llama_backend_init()
     for line in sys.stdin:
+        signal.alarm(20)  # a hang is a harm too: this kills us
         sys.stdout.write(use(line.rstrip("\n")) + "\n")
         sys.stdout.flush()
 

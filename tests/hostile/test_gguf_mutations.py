@@ -205,7 +205,9 @@ def _change_tensor(file: File, arch: str, rng: random.Random) -> File:
     action = rng.randrange(4)
     shape = weight.shape
     if action == 0:
-        return file.with_weight(replace(weight, type=rng.choice((0, 1, 24, 25, 26, 27, 28, 30))))
+        return file.with_weight(
+            replace(weight, type=rng.choice((0, 1, 2, 6, 8, 20, 24, 25, 26, 27, 28, 30, 39, 42)))
+        )
     if action == 1:
         shape = (*shape, *rng.choice(((1,), (1, 1), (2,), ())))[:4]
     elif action == 2:
@@ -220,7 +222,7 @@ def _add_tensor(file: File, arch: str, rng: random.Random) -> File:
     shape = rng.choice(
         ((16,), (8,), (64,), (32,), (1,), (300,), (64, 64), (64, 32), (64, 128), (64, 8), (64, 96, 4))
     )
-    return file.with_weight(Weight(rng.choice(TENSORS.split()), shape, rng.choice((0, 0, 1, 26))))
+    return file.with_weight(Weight(rng.choice(TENSORS.split()), shape, rng.choice((0, 0, 1, 8, 26))))
 
 
 def _drop_tensor(file: File, arch: str, rng: random.Random) -> File:
