@@ -1,0 +1,49 @@
+# make run    from a fresh machine to an answered prompt and a server on 127.0.0.1:8080
+# make test   set up and pass the fast tests (`make test-slow`: the long ones)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: run demo setup test test-slow lint docs train bench clean
+
+run: setup
+	@$(BIN)/python tools/run_demo.py
+
+demo: setup
+	@$(BIN)/python tools/run_demo.py --once --port 18080
+
+setup: $(STAMP)
+
+# llama.cpp first and with progress; then everything else, and our own C part with it.
+$(STAMP): pyproject.toml setup.py tools/build_llama.py src/flexserve/flexmem/ggml_arena.c
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); hint: apt-get install python3 python3-venv"; exit 1; }
+	@test -x $(BIN)/pip || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV) || \
+	  { echo "hint: apt-get install python3-venv"; exit 1; }; $(BIN)/pip install -q --upgrade pip; }
+	@$(BIN)/python tools/build_llama.py
+	@echo "installing FlexServe and its libraries"
+	@$(BIN)/pip install -q --find-links .cache/wheels -e '.[dev]'
+	@touch $@
+
+test: setup lint
+	@$(BIN)/pytest -m "not slow"
+
+test-slow: setup
+	@$(BIN)/pytest -m slow
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup
+	@$(BIN)/flexserve bench cold-start
+
+# The demo model, from its generated text to its evaluation (about half an hour).
+train: setup
+	@$(BIN)/pip install -q --find-links .cache/wheels -e '.[train]'
+	@$(BIN)/python -m training.train
+
+clean:
+	rm -rf $(VENV) run build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
