@@ -106,6 +106,30 @@ def test_an_array_where_one_value_belongs(name: str) -> None:
         _refused(file, name)
 
 
+@pytest.mark.parametrize(
+    ("value", "kind", "ok"),
+    [
+        (0, U32, 0),
+        (1, U32, 0),
+        (2, U32, 1),
+        ([0, 0], BOOL, 0),
+        ([1, 0], BOOL, 1),
+        ([1], U32, 0),
+        ([1.0, 1.0], F32, 0),
+    ],
+)
+def test_sliding_windows_slide_in_some_layer(value: Any, kind: int, ok: int) -> None:
+    name = "gemma3.attention.sliding_window_pattern"
+    element = kind if isinstance(value, list) else None
+    file = tiny_model("gemma3", layers=2).with_key(
+        name, ARRAY if element is not None else kind, value, element
+    )
+    if ok:
+        _check(file)
+    else:
+        _refused(file, "sliding_window_pattern")
+
+
 def test_an_array_of_equal_numbers_passes() -> None:
     _check(tiny_model(layers=2).with_key("llama.attention.head_count_kv", ARRAY, [2, 2], I32))
 

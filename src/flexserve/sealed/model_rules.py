@@ -133,6 +133,7 @@ class _Hyperparameters:
             raise ModelUnsupported(f"key '{self.arch}.pooling_type': the model is for embeddings")
         if self.reviewed:
             self.integer("embedding_length_out", width, width, default=width)
+            self._check_sliding_window()
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         key = f"{self.arch}.{name}"
@@ -208,6 +209,17 @@ class _Hyperparameters:
             self._float(name, 1e-3, 1e12)
         for name in ("rope.scaling.factor", "rope.scale_linear"):
             self._float(name, 0.0, 1e6)
+
+    def _check_sliding_window(self) -> None:
+        """llama.cpp wants at least one layer with a sliding window, if the architecture has them."""
+        name = "attention.sliding_window_pattern"
+        pattern = self.metadata.get(f"{self.arch}.{name}")
+        if not isinstance(pattern, np.ndarray):
+            self.integer(name, 2, MAX_LAYERS, default=2)
+        elif pattern.dtype.kind not in "iub" or len(pattern) != self.layers or not pattern.any():
+            raise ModelMalformed(
+                f"key '{self.arch}.{name}' must say for each of {self.layers} layers whether it slides"
+            )
 
     def _check_experts(self) -> None:
         experts = self.integer("expert_count", 0, MAX_EXPERTS, default=0)
