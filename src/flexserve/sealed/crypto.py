@@ -28,6 +28,7 @@ WRAPPED_KEY_BYTES = 113
 
 CURVE_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 _SPKI_PREFIX = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
+_INDEX_AND_LENGTH = struct.Struct("<QQ").pack
 _HPKE = Suite(KEM.P256, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
 
@@ -93,22 +94,22 @@ def commits_to(commitment: bytes, model_key: bytes, sealing_id: bytes) -> bool:
 class SegmentCipher:
     """Encrypts and decrypts the segments of one sealing. Thread-safe; both directions release the GIL."""
 
-    __slots__ = ("_aad_head", "_aad_tail", "_aead", "_model")
+    __slots__ = ("_aad", "_aead")
 
     def __init__(self, model_key: bytes, sealing_id: bytes, model_id: bytes, model_version: int) -> None:
         """`model_id` is the 64-byte field."""
         self._aead = AESGCM(derive(model_key, sealing_id, b"flexserve/v1/segment-key"))
-        self._aad_head = struct.Struct("<8sII")
-        self._aad_tail = struct.Struct("<QQ")
-        self._model = model_id + struct.pack("<Q", model_version)
-
-    def _aad(self, kind: int, index: int, length: int) -> bytes:
-        return self._aad_head.pack(b"FLEXSEAL", 1, kind) + self._model + self._aad_tail.pack(index, length)
+        # The constant part of the associated data, by region kind.
+        self._aad = [
+            struct.pack("<8sII64sQ", b"FLEXSEAL", 1, kind, model_id, model_version) for kind in range(4)
+        ]
 
     def encrypt_into(self, kind: int, index: int, plaintext: Buffer, length: int, out: Buffer) -> None:
         """`out` takes ciphertext and tag: `length` + 16 bytes."""
-        self._aead.encrypt_into(index.to_bytes(12, "little"), plaintext, self._aad(kind, index, length), out)
+        aad = self._aad[kind] + _INDEX_AND_LENGTH(index, length)
+        self._aead.encrypt_into(index.to_bytes(12, "little"), plaintext, aad, out)
 
     def decrypt_into(self, kind: int, index: int, ciphertext: Buffer, length: int, out: Buffer) -> None:
         """`ciphertext` ends with the tag. Raises `InvalidTag`, and then `out` holds unauthenticated bytes."""
-        self._aead.decrypt_into(index.to_bytes(12, "little"), ciphertext, self._aad(kind, index, length), out)
+        aad = self._aad[kind] + _INDEX_AND_LENGTH(index, length)
+        self._aead.decrypt_into(index.to_bytes(12, "little"), ciphertext, aad, out)

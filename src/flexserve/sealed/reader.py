@@ -190,6 +190,25 @@ class UnlockedModel:
         self.manifest = m
         self.segments = sealed.segments
         self._cipher = SegmentCipher(model_key, m.sealing_id, encode_name(m.model_id), m.model_version)
+        # (kind, first index after it, its last segment's length, the others'): plain numbers, because a
+        # segment of EMBED takes 2 microseconds to decrypt and building a SegmentRef would take as long.
+        self._regions = [
+            (
+                int(r.kind),
+                r.first_segment + r.segment_count,
+                r.padded_bytes - (r.segment_count - 1) * r.unit_bytes,
+                r.unit_bytes,
+            )
+            for r in m.plan.regions
+        ]
+
+    def _kind_and_length(self, index: int) -> tuple[int, int]:
+        for kind, end, last, unit in self._regions:
+            if index < end:
+                if index < 0:
+                    break
+                return kind, last if index == end - 1 else unit
+        raise IndexError(f"segment {index} of {len(self.segments)}")
 
     def decrypt_into(self, index: int, ciphertext: memoryview, out: memoryview) -> None:
         """Authenticate and decrypt one segment; the interpreter lock is free meanwhile.
@@ -201,15 +220,15 @@ class UnlockedModel:
 
         Raises `SegmentNotAuthentic`; `ValueError` when a buffer has another size.
         """
-        segment = self.segments[index]
-        length = segment.length
+        kind, length = self._kind_and_length(index)
         if len(ciphertext) != length + TAG_BYTES or len(out) != length:
             raise ValueError(f"segment {index} has {length} bytes: wrong buffers")
         ciphertext[length:] = self.manifest.tag(index)
         try:
-            self._cipher.decrypt_into(segment.kind, index, ciphertext, length, out)
+            self._cipher.decrypt_into(kind, index, ciphertext, length, out)
         except InvalidTag:
             out[:] = bytes(length)
+            segment = self.segments[index]
             raise SegmentNotAuthentic(
                 f"segment {index} ({segment.kind.name}, file offset {segment.file_offset}) is not authentic"
             ) from None

@@ -23,7 +23,7 @@ from ..core import SEGMENT_SIZE
 from ..errors import ModelMalformed, NotFound, StorageFailure, Usage
 from . import format as fmt
 from .crypto import KEY_BYTES, TAG_BYTES, SegmentCipher, key_commitment
-from .files import pwrite_all, replacing
+from .files import BulkWriter, page_buffer, pwrite_all, replacing
 from .format import Description, Manifest, Plan, Region, RegionKind, TensorExtent
 from .gguf import GGUFHeader, check_model, describe, read_header
 from .keys import VendorKey
@@ -225,7 +225,7 @@ class _Encryptor:
 
     def __init__(self, source: int, out: int, content: Content, layout: Plan, cipher: SegmentCipher) -> None:
         self._image = _Image(source, content)
-        self._out = out
+        self._out = BulkWriter(out)
         self._cipher = cipher
         self._table = memoryview(bytearray(fmt.SEGMENT_ENTRY_BYTES * layout.segment_count))
         self._total = layout.file_bytes - layout.data_offset
@@ -253,11 +253,13 @@ class _Encryptor:
                         progress(self._done, self._total)
             finally:
                 self._stop = True
+                pool.shutdown()
+                self._out.close()
         return bytes(self._table)
 
     def _work(self) -> None:
-        plaintext = memoryview(bytearray(CHUNK_BYTES))
-        ciphertext = memoryview(bytearray(CHUNK_BYTES + TAG_BYTES))
+        plaintext = page_buffer(CHUNK_BYTES)
+        ciphertext = page_buffer(CHUNK_BYTES + TAG_BYTES)
         try:
             while not self._stop:
                 with self._lock:
@@ -267,7 +269,7 @@ class _Encryptor:
                 region, start, length = chunk
                 self._image.read(region, start, plaintext[:length])
                 self._encrypt(region, start, plaintext[:length], ciphertext)
-                pwrite_all(self._out, ciphertext[:length], region.file_offset + start)
+                self._out.write(ciphertext[:length], region.file_offset + start)
                 with self._lock:
                     self._done += length
         except BaseException:
