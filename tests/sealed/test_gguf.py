@@ -152,9 +152,9 @@ def test_a_vocabulary_of_151936_tokens_takes_less_than_300_ms() -> None:
     data = File((strings("t", tokens), strings("m", tokens))).to_bytes()
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         header = parse_header(data, len(data))
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     array = header.metadata["t"]
     assert isinstance(array, StringArray)
     assert (len(array), array[151935], array[1:3]) == (151936, "token151935", ["token1", "token2"])

@@ -28,18 +28,33 @@ if TYPE_CHECKING:
     from .gguf import GGUFHeader, TensorInfo
 
 # Dense decoder-only transformers with one KV layout.
-REVIEWED = frozenset(("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"))
+REVIEWED = frozenset(
+    [
+        "llama",
+        "mistral3",
+        "minicpm",
+        "smollm3",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "internlm2",
+        "xverse",
+    ]
+)
 
 # llama.cpp can load these too and generate text from token ids alone (src/llama-arch.cpp).
 _NOT_REVIEWED = """
     llama4 deci falcon grok gpt2 gptneox mpt baichuan starcoder refact bloom stablelm qwen qwen2moe qwen2vl
     qwen3moe qwen3next qwen3vl qwen3vlmoe qwen35 qwen35moe phi2 phimoe plamo plamo2 plamo3 codeshell orion
-    internlm2 minicpm minicpm3 gemma3n gemma4 starcoder2 mamba mamba2 jamba falcon-h1 xverse command-r cohere2
+    minicpm3 gemma3n gemma4 starcoder2 mamba mamba2 jamba falcon-h1 command-r cohere2
     dbrx olmo olmo2 olmoe openelm arctic deepseek deepseek2 chatglm glm4 glm4moe bitnet jais jais2 nemotron
     nemotron_h nemotron_h_moe exaone exaone4 exaone-moe rwkv6 rwkv6qwen2 rwkv7 arwkv7 granite granitemoe
     granitehybrid chameleon plm bailingmoe bailingmoe2 dots1 arcee afmoe ernie4_5 ernie4_5-moe hunyuan-moe
-    hunyuan-dense smollm3 gpt-oss lfm2 lfm2moe smallthinker seed_oss grovemoe apertus minimax-m2 cogvlm
-    pangu-embedded mistral3 mistral4 mimo2 step35 maincoder kimi-linear"""
+    hunyuan-dense gpt-oss lfm2 lfm2moe smallthinker seed_oss grovemoe apertus minimax-m2 cogvlm
+    pangu-embedded mistral4 mimo2 step35 maincoder kimi-linear"""
 GENERATIVE = REVIEWED | frozenset(_NOT_REVIEWED.split())
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
@@ -48,8 +63,14 @@ MAX_CONTEXT = 1 << 25
 MAX_WIDTH = 1 << 20
 MAX_TEMPLATE_BYTES = 256 << 10
 
-_NO_ROTATION = frozenset(("gemma", "gemma2", "gemma3", "phi3"))  # rope may cover a part of the head
-_HEADS_FILL_WIDTH = frozenset(("qwen2", "phi3"))
+# Their graphs assert that rope covers whole heads, and that keys and values are of one length.
+_WHOLE_ROTATION = """apertus arcee arctic baichuan chameleon codeshell cogvlm dbrx deci deepseek dots1 ernie4_5
+    ernie4_5-moe exaone exaone-moe exaone4 falcon granite grok grovemoe hunyuan-moe internlm2 jais2 llama llama4
+    maincoder minicpm minimax-m2 mistral3 nemotron olmo olmo2 olmoe orion pangu-embedded plamo qwen2 qwen2moe
+    qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe seed_oss smallthinker smollm3 starcoder2 xverse"""
+WHOLE_ROTATION = frozenset(_WHOLE_ROTATION.split())
+_HEADS_FILL_WIDTH = frozenset(("qwen2", "phi3", "internlm2", "xverse"))
+_MAY_HAVE_EXPERTS = frozenset(("llama", "mistral3", "minicpm"))  # of those reviewed
 _FACTORS = ("norm", "rope_f", "ssm_conv1d", "sinks")
 _TABLES = ("tid2eid", "d2t", "masked_embd_ordering", "_ape")  # lookup tables of integers
 
@@ -182,17 +203,17 @@ class _Hyperparameters:
         key = self.integer("attention.key_length", 1, 65536, default=default)
         value = self.integer("attention.value_length", 1, 65536, default=default)
         rotated = self.integer("rope.dimension_count", 0, 65536, default=key)
-        if not self.reviewed:
-            return
-        if key != value:
-            raise ModelUnsupported(f"{self.arch} with key length {key} and value length {value}")
-        if self.arch in _HEADS_FILL_WIDTH and key * heads[0] != width:
-            raise ModelMalformed(f"{heads[0]} heads of {key} do not make up an embedding of {width}")
-        partial = self.arch in _NO_ROTATION
-        if rotated % 2 or not (2 <= rotated <= key if partial else rotated == key):
+        whole = self.arch in WHOLE_ROTATION
+        if rotated % 2 or not (rotated == key if whole else 2 * self.reviewed <= rotated <= key):
             raise ModelMalformed(
                 f"key '{self.arch}.rope.dimension_count' is {rotated}, with heads of {key} elements"
             )
+        if key != value and (whole or self.reviewed):
+            raise ModelUnsupported(f"{self.arch} with key length {key} and value length {value}")
+        if not self.reviewed:
+            return
+        if self.arch in _HEADS_FILL_WIDTH and key * heads[0] != width:
+            raise ModelMalformed(f"{heads[0]} heads of {key} do not make up an embedding of {width}")
         for name, expected in (
             ("attention.key_length_swa", key),
             ("attention.value_length_swa", value),
@@ -232,7 +253,7 @@ class _Hyperparameters:
             if experts % groups:
                 raise ModelMalformed(f"{experts} experts cannot be put into {groups} equal groups")
             self.integer("expert_group_used_count", 1, groups - 1)
-        if experts and self.reviewed and self.arch != "llama":
+        if experts and self.reviewed and self.arch not in _MAY_HAVE_EXPERTS:
             raise ModelMalformed(f"key '{self.arch}.expert_count': {self.arch} has no experts")
 
     def _check_norms(self) -> None:
