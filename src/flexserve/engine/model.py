@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class SecureModel:
         Raises `NotAuthentic` when META or its content is not what it should be, `ModelUnsupported`.
         """
         self._zygote = zygote
+        self._answering = threading.Lock()
         self._requests = 0
         self._last_used: float | None = None
         manifest = unlocked.manifest
@@ -131,6 +133,16 @@ class SecureModel:
         `accepted_at`: time.perf_counter() when the request arrived. Raises `ContextOverflow`,
         `TemplateFailure`, `InvalidRequest`, `SegmentNotAuthentic`, `EngineFailure`.
         """
+        with self._answering:
+            return self._answer(request, emit, cancelled, accepted_at)
+
+    def _answer(
+        self,
+        request: Request,
+        emit: Callable[[Token], None],
+        cancelled: Callable[[], bool],
+        accepted_at: float,
+    ) -> Finished:
         assert self._model and self._context and self._loader
         started = time.perf_counter()
         self._loader.check()
@@ -244,8 +256,17 @@ class SecureModel:
 
     def recall(self, nbytes: int) -> int:
         """Give back up to `nbytes` of weights, last needed first; returns the bytes given back."""
-        if not self.resident_bytes or (self._loader and not self._loader.on_demand):
+        if self._loader is not None and self._loader.on_demand:
+            return self._recall(nbytes)
+        # Without userfaultfd nothing could wait for a page that is gone: only between requests.
+        if not self._answering.acquire(blocking=False):
             return 0
+        try:
+            return self._recall(nbytes)
+        finally:
+            self._answering.release()
+
+    def _recall(self, nbytes: int) -> int:
         freed = 0
         regions = [self._body, self._embed] if not self._tied else [self._embed, self._body]
         for region in regions:

@@ -35,6 +35,8 @@ libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 libc.memset.restype = ctypes.c_void_p
+libc.memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+libc.memmove.restype = ctypes.c_void_p
 
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _UFFD_API = 0xAA

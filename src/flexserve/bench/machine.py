@@ -1,0 +1,119 @@
+"""Bringing the machine into a known state before a measurement, and saying what machine it is.
+
+Two things decide every cold number: whether the file is in the page cache, and whether free memory is backed
+by the host (a virtual machine's first touch of memory costs more after the host has taken it back).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import subprocess
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+
+from ..errors import EngineFailure
+from ..flexmem.uffd import libc
+
+IDLE_S = 20.0  # free page reporting hands memory back to the host within seconds
+SPARE_BYTES = 1 << 30  # left alone when all free memory is touched
+
+_TOUCH = """
+import mmap, sys
+size = int(sys.argv[1])
+m = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for at in range(0, size, 4096):
+    m[at] = 1
+"""
+
+
+class MemoryState(StrEnum):
+    """State of the machine's free memory before a cold start."""
+
+    BACKED = "backed"  # touched and freed just now
+    IDLE = "idle"  # left alone for IDLE_S
+
+
+def available_bytes() -> int:
+    """MemAvailable of /proc/meminfo."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise EngineFailure("/proc/meminfo does not say how much memory is available")
+
+
+def prepare(state: MemoryState) -> None:
+    """Bring free memory into `state`."""
+    if state == MemoryState.IDLE:
+        time.sleep(IDLE_S)
+        return
+    size = max(0, available_bytes() - SPARE_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
+    subprocess.run([sys.executable, "-I", "-c", _TOUCH, str(size)], check=True)
+
+
+def evict(path: Path) -> None:
+    """Empty the page cache of a file and check that it is (mincore). Raises `EngineFailure`."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)  # dirty pages would stay
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        left = cached_pages(fd)
+    finally:
+        os.close(fd)
+    if left:
+        raise EngineFailure(f"{left} pages of {path} stay in the page cache: a cold start cannot be measured")
+
+
+def warm(path: Path) -> None:
+    """Read a file so that it is in the page cache."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(8 << 20):
+            pass
+
+
+def cached_pages(fd: int) -> int:
+    """How many pages of a file are in the page cache (mincore(2))."""
+    import ctypes
+
+    size = os.fstat(fd).st_size
+    pages = -(-size // mmap.PAGESIZE)
+    with mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapping:
+        out = bytearray(pages)
+        view = (ctypes.c_char * pages).from_buffer(out)
+        first = ctypes.c_char.from_buffer(mapping)
+        try:
+            if libc.mincore(ctypes.addressof(first), size, ctypes.addressof(view)) != 0:
+                raise EngineFailure("mincore failed")
+        finally:
+            del first, view
+    return sum(byte & 1 for byte in out)
+
+
+def describe() -> dict[str, str | int]:
+    """The machine, for the record beside every number."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def peak_resident_bytes(pid: int) -> int:
+    """VmHWM of a process: the most memory it ever had resident."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise EngineFailure(f"process {pid} does not say its peak memory")
