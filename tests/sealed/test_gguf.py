@@ -175,6 +175,14 @@ def test_the_file_may_end_with_the_last_tensor_or_its_padding(end: int) -> None:
     assert parse_header(data, len(data)).tensors[0].nbytes == 4
 
 
+def test_a_file_without_tensors_needs_no_padding_but_is_no_model() -> None:
+    data = File((Key("general.architecture", STRING, "llama"),)).header()
+    header = parse_header(data, len(data))
+    assert (header.data_offset, header.tensors) == (len(data), ())
+    with pytest.raises(ModelMalformed):
+        check_model(header)
+
+
 def test_describe_says_what_the_file_says() -> None:
     data = tiny_model("qwen3", layers=2).with_key("general.file_type", U32, 0).to_bytes()
     header = parse_header(data, len(data))

@@ -226,13 +226,15 @@ def parse_header(data: bytes, file_bytes: int) -> GGUFHeader:
     alignment = _alignment(metadata, types)
     tensors = _read_tensors(reader, tensor_count, alignment)
     data_offset = reader.pos + -reader.pos % alignment
-    end = tensors[-1].offset + tensors[-1].nbytes if tensors else 0
-    if data_offset + end > file_bytes:
-        raise ModelMalformed(
-            f"tensor {tensors[-1].name!r} ends at byte {data_offset + end} of a file of {file_bytes}"
-            if tensors
-            else "the file ends inside the padding after its header"
-        )
+    end = 0
+    if tensors:
+        end = tensors[-1].offset + tensors[-1].nbytes
+        if data_offset + end > file_bytes:
+            raise ModelMalformed(
+                f"tensor {tensors[-1].name!r} ends at byte {data_offset + end} of a file of {file_bytes}"
+            )
+    else:  # then there need be no padding either
+        data_offset = min(data_offset, file_bytes)
     if file_bytes > data_offset + end + -end % alignment:
         raise ModelMalformed(
             f"{file_bytes - data_offset - end} bytes follow the last tensor: more than padding to {alignment}"
