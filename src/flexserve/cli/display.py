@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -28,12 +29,17 @@ def write_answer(text: str) -> None:
 
 def note(text: str) -> None:
     """A line beside the answer: dim, on stderr."""
-    click.secho(text, err=True, dim=True)
+    click.echo(click.style(text, dim=True) if _styled() else text, err=True)
 
 
 def warn(text: str) -> None:
     """A line nobody should miss, on stderr."""
-    click.secho(f"warning: {text}", err=True, fg="yellow", bold=True)
+    text = f"warning: {text}"
+    click.echo(click.style(text, fg="yellow", bold=True) if _styled() else text, err=True)
+
+
+def _styled() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def seconds(value: float) -> str:
