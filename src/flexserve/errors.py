@@ -86,19 +86,19 @@ class MethodNotAllowed(InvalidRequest):
     http_status = 405
 
 
-class ContentTypeRefused(InvalidRequest):
-    """The body of the request is not declared as JSON."""
-
-    code = "content_type_refused"
-    http_status = 415
-    default_hint = "send the header `Content-Type: application/json`"
-
-
 class HostRefused(InvalidRequest):
     """The Host header names a host this server does not answer for (a defence against DNS rebinding)."""
 
     code = "host_refused"
     http_status = 403
+
+
+class OriginRefused(InvalidRequest):
+    """A web page of another site sent the request (its Origin header says so)."""
+
+    code = "origin_refused"
+    http_status = 403
+    default_hint = "only pages of hosts this server answers for may use it, and programs that are no browser"
 
 
 class ApiKeyWrong(InvalidRequest):

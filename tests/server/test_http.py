@@ -60,17 +60,40 @@ def test_a_client_reads_our_errors_like_openais(client: httpx.Client) -> None:
     error(client.get("/v1/chat/completions"), 405, "method_not_allowed")
 
 
-def test_only_json_bodies_are_taken_because_web_pages_may_send_others(client: httpx.Client) -> None:
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
-        response = client.post("/v1/completions", content=b"{}", headers={"content-type": kind})
-        error(response, 415, "content_type_refused")
+def test_a_body_is_json_whatever_it_is_called(client: httpx.Client) -> None:
+    """`curl -d` calls it a form."""
+    for kind in ("application/x-www-form-urlencoded", "text/plain", ""):
+        body = b'{"model": "demo", "prompt": "x"}'
+        response = client.post("/v1/completions", content=body, headers={"content-type": kind})
+        assert response.status_code == 200
+
+
+FOREIGN_ORIGINS = """
+    http://evil.example  https://evil.example  null  file://  http://localhost.evil.example
+    http://127.0.0.1.evil.example:8080  chrome-extension://abc  http://  evil  //localhost  http:/localhost
+"""
+
+
+@pytest.mark.parametrize("origin", ["", *FOREIGN_ORIGINS.split()])
+def test_a_web_page_of_another_site_cannot_make_it_compute(shared: Running, origin: str) -> None:
+    requests = shared.world.status().models[0].requests
+    body = {"model": "demo", "prompt": "x"}
+    with shared.client(headers={"origin": origin}) as client:
+        error(client.post("/v1/completions", json=body), 403, "origin_refused")
+    assert shared.world.status().models[0].requests == requests
+
+
+@pytest.mark.parametrize("origin", ["http://localhost", "http://localhost:3000", "https://127.0.0.1:8080"])
+def test_a_web_page_of_this_machine_may(client: httpx.Client, origin: str) -> None:
+    body = {"model": "demo", "prompt": "x"}
+    assert client.post("/v1/completions", json=body, headers={"origin": origin}).status_code == 200
 
 
 def test_no_other_origin_may_read_answers(client: httpx.Client) -> None:
-    response = client.get("/v1/models", headers={"origin": "http://evil.example"})
-    assert not [name for name in response.headers if name.startswith("access-control")]
-    preflight = {"origin": "http://evil.example", "access-control-request-method": "POST"}
-    error(client.options("/v1/completions", headers=preflight), 405, "method_not_allowed")
+    for origin in ("http://evil.example", "http://localhost:3000"):
+        for method in ("GET", "OPTIONS"):
+            response = client.request(method, "/v1/models", headers={"origin": origin})
+            assert not [name for name in response.headers if name.startswith("access-control")]
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import (
     ApiKeyWrong,
-    ContentTypeRefused,
     EngineFailure,
     FlexServeError,
     HostRefused,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    OriginRefused,
     RequestTooLarge,
     RequestTooSlow,
 )
@@ -54,23 +54,36 @@ class HostRule:
         self._names = {"localhost", *(n.lower() for n in names), *(n.lower() for n in own)}
         self._loopback = loopback
 
-    def check(self, header: bytes) -> None:
-        """Raises `HostRefused`."""
-        host = header.decode("latin-1").strip().lower()
-        name = host[1 : host.find("]")] if host.startswith("[") else host.rsplit(":", 1)[0]
-        if name in self._names:
-            return
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            address = None
-        if address is None or (self._loopback and not address.is_loopback):
+    def check(self, host: bytes) -> None:
+        """The Host header. Raises `HostRefused`."""
+        if not self._answers_for(host):
+            name = host.decode("latin-1")
             raise HostRefused(
                 f"this server does not answer for the host {name[:100]!r}",
                 hint="use http://127.0.0.1 or http://localhost"
                 if self._loopback
                 else "use its IP address, or start it with --allow-host NAME",
             )
+
+    def check_origin(self, origin: bytes) -> None:
+        """The Origin header, which browsers add to what a page sends elsewhere. Raises `OriginRefused`.
+
+        Without it any web page could make this machine compute, though not read the answers.
+        """
+        scheme, separator, host = origin.partition(b"://")
+        if scheme not in (b"http", b"https") or not separator or not self._answers_for(host):
+            raise OriginRefused("a web page of another site may not use this server")
+
+    def _answers_for(self, header: bytes) -> bool:
+        host = header.decode("latin-1").strip().lower()
+        name = host[1 : host.find("]")] if host.startswith("[") else host.rsplit(":", 1)[0]
+        if name in self._names:
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return address.is_loopback or not self._loopback
 
 
 class Gate:
@@ -113,6 +126,9 @@ class Gate:
         if self._hosts is not None:
             hosts = [value for name, value in headers if name == b"host"]
             self._hosts.check(hosts[0] if len(hosts) == 1 else b"")
+            for name, value in headers:
+                if name == b"origin":
+                    self._hosts.check_origin(value)
         if self._api_key is not None and scope["path"] != "/health":
             given = b"".join(value for name, value in headers if name == b"authorization")
             if not hmac.compare_digest(given, b"Bearer " + self._api_key):
@@ -154,13 +170,9 @@ async def read_json(
 ) -> bytes | None:
     """The body, at most `limit` bytes and `timeout_s` late; None when the client went away.
 
-    Only `application/json` is taken: a web page can send other types to any address without asking first.
-    Raises `ContentTypeRefused`, `RequestTooLarge`, `RequestTooSlow`.
+    Whatever its content type, it is read as JSON. Raises `RequestTooLarge`, `RequestTooSlow`.
     """
     headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if kind != b"application/json":
-        raise ContentTypeRefused("the request body must be application/json")
     too_large = RequestTooLarge(f"the request body is larger than {limit} bytes")
     declared = headers.get(b"content-length", b"0")
     if not declared.isdigit() or len(declared) > 18 or int(declared) > limit:
