@@ -31,6 +31,7 @@ from ..worlds.base import Generation
 from .common import (
     FILE,
     device_key_option,
+    passphrase_option,
     print_error,
     sigterm_interrupts,
     vendor_pub_option,
@@ -78,6 +79,7 @@ class _Settings:
 )
 @device_key_option(required=False)
 @vendor_pub_option
+@passphrase_option
 @click.option("--raw", is_flag=True, help="Take the prompt as it is, without the model's chat template.")
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option(
@@ -131,6 +133,7 @@ def command(
     licence: Path | None,
     device_key: str | None,
     vendor_pub: Path | None,
+    passphrase_file: Path | None,
     raw: bool,
     system: str | None,
     temperature: float,
@@ -164,7 +167,7 @@ def command(
 
     with sigterm_interrupts():
         if _is_file(model):
-            options = WorldOptions(device_key, vendor_pub, threads, context_tokens)
+            options = WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file)
             opened = _own_world(world_name, options, Path(model), licence)
         else:
             opened = _server(model, admin_socket)

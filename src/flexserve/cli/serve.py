@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,15 @@ from ..core import WorldStatus
 from ..errors import KeyPermissions, KeyProblem, Usage
 from ..worlds import WorldOptions, make_world
 from ..worlds.base import ModelSource
-from .common import FILE, device_key_option, human_bytes, opened, sigterm_interrupts, vendor_pub_option
+from .common import (
+    FILE,
+    device_key_option,
+    human_bytes,
+    opened,
+    passphrase_option,
+    sigterm_interrupts,
+    vendor_pub_option,
+)
 from .display import note, printable, seconds, warn
 from .world_options import admin_socket_option, model_source, world_options
 
@@ -57,6 +66,7 @@ class ModelOption(click.ParamType[Any]):
 )
 @device_key_option(required=False)
 @vendor_pub_option
+@passphrase_option
 @click.option(
     "--host", default="127.0.0.1", show_default=True, metavar="HOST", help="The address to listen on."
 )
@@ -88,6 +98,7 @@ def command(
     models: tuple[tuple[str, Path, Path | None], ...],
     device_key: str | None,
     vendor_pub: Path | None,
+    passphrase_file: Path | None,
     host: str,
     port: int,
     allowed_hosts: tuple[str, ...],
@@ -108,32 +119,31 @@ def command(
         raise Usage("two models have the same name", hint="give each --model its own NAME=")
     sources = [model_source(*model) for model in models]
     api_key = None if api_key_file is None else read_api_key(api_key_file)
-    world = make_world(world_name, WorldOptions(device_key, vendor_pub, threads, context_tokens))
+    world = make_world(
+        world_name, WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file)
+    )
 
-    # Both sockets first: a port in use should not be found out after loading models.
-    sock = listen_tcp(host, port)
-    admin = AdminSocket(admin_socket or default_admin_path())
-    try:
-        with sigterm_interrupts():  # until the server has its own signal handlers
-            world.start()
-            gateway = Gateway(world)
-            for source in sources:
-                _register(gateway, source)
-            status = world.status()
-            loopback = is_loopback(sock)
-            address = url(sock)
+    with ExitStack() as stack:
+        # Both sockets first: a port in use should not be found out after loading models.
+        sock = stack.enter_context(listen_tcp(host, port))
+        admin = stack.enter_context(closing(AdminSocket(admin_socket or default_admin_path())))
+        stack.enter_context(closing(world))
+        stack.enter_context(sigterm_interrupts())  # until the server has its own signal handlers
+        world.start()
+        gateway = Gateway(world)
+        for source in sources:
+            _register(gateway, source)
+        status = world.status()
+        loopback = is_loopback(sock)
+        address = url(sock)
 
-            def ready() -> None:
-                _say_ready(address, names, status)
-                if not loopback:
-                    _warn_open(address, has_key=api_key is not None)
+        def ready() -> None:
+            _say_ready(address, names, status)
+            if not loopback:
+                _warn_open(address, has_key=api_key is not None)
 
-            hosts = HostRule(loopback=loopback, names=allowed_hosts)
-            Server(gateway, sock, hosts=hosts, admin=admin, api_key=api_key).run(ready)
-    finally:
-        world.close()
-        sock.close()
-        admin.close()
+        hosts = HostRule(loopback=loopback, names=allowed_hosts)
+        Server(gateway, sock, hosts=hosts, admin=admin, api_key=api_key).run(ready)
 
 
 def read_api_key(path: Path) -> bytes:

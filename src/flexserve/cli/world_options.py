@@ -23,13 +23,13 @@ def world_options(function: F) -> F:
             "context_tokens",
             type=click.IntRange(16, 1 << 20),
             metavar="TOKENS",
-            help="Length of the context. Default: the world chooses.",
+            help="Length of the context. Default: the model's, at most 4096.",
         ),
         click.option(
             "--threads",
             type=click.IntRange(1, 1024),
             metavar="N",
-            help="Compute threads. Default: the world chooses.",
+            help="Compute threads. Default: one per processor.",
         ),
         click.option(
             "--world",

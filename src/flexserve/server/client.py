@@ -168,6 +168,7 @@ class ServerGeneration:
                 elif chunk.flexserve is not None:
                     details = chunk.flexserve
                     self._cancelled = False
+                    self._connection.close()  # now: nobody may ask for what follows the end
                     yield Finished(self._text, details.token_ids, choice.finish_reason, details.timings)
                     return
         if not self._cancelled:

@@ -22,6 +22,7 @@ class WorldOptions:
     vendor_pub: Path | None = None
     threads: int | None = None
     context_tokens: int | None = None
+    passphrase_file: Path | None = None
 
 
 def make_world(name: str, options: WorldOptions) -> World:
@@ -36,6 +37,7 @@ def make_world(name: str, options: WorldOptions) -> World:
             vendor_pub=options.vendor_pub,
             threads=options.threads,
             context_tokens=options.context_tokens,
+            passphrase_file=options.passphrase_file,
         )
     if name == "fake":
         from ..engine.fake import FakeEngine, SystemClock
