@@ -7,6 +7,7 @@ Everything that computes releases the interpreter lock. Errors are `EngineFailur
 from __future__ import annotations
 
 import ctypes
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ import llama_cpp as api
 from ..core import Sampling
 from ..errors import EngineFailure, InvalidRequest, ModelUnsupported
 from ..flexmem import ggml
+from .spans import ControlToken, ControlTokens
 
 BATCH_TOKENS = 512  # llama.cpp's logical and physical batch: batch boundaries matter for bit equality
 PENALTY_TOKENS = 64
 MAX_PIECE_BYTES = 1 << 16
 
-_SPECIAL = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED | api.LLAMA_TOKEN_ATTR_UNKNOWN
+_CONTROL = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_UNKNOWN
+_TAG = re.compile(r"[<\[]\S+[>\]]")  # <think>, <|start|>, [INST]: no runs of blanks, no words
 _errors: deque[str] = deque(maxlen=4)
 _LOG_LEVEL_ERROR = 4
 
@@ -138,15 +141,17 @@ class Vocabulary:
         return bool(api.llama_vocab_is_eog(self._handle, token))
 
     @cached_property
-    def special_texts(self) -> tuple[str, ...]:
-        """The texts that `parse_special` would turn into single tokens."""
-        found = set()
+    def control_tokens(self) -> ControlTokens:
+        """What only a template may write: control tokens, and user-defined ones that are no ordinary text."""
+        control, reserved = [], []
         for token in range(self.size):
-            if api.llama_vocab_get_attr(self._handle, token) & _SPECIAL:
-                text = api.llama_vocab_get_text(self._handle, token)
-                if text:
-                    found.add(text.decode("utf-8", "replace"))
-        return tuple(found)
+            attr = api.llama_vocab_get_attr(self._handle, token)
+            if attr & _CONTROL:
+                lstrip, rstrip = attr & api.LLAMA_TOKEN_ATTR_LSTRIP, attr & api.LLAMA_TOKEN_ATTR_RSTRIP
+                control.append(ControlToken(self.text_of(token), bool(lstrip), bool(rstrip)))
+            elif attr & api.LLAMA_TOKEN_ATTR_USER_DEFINED and _TAG.search(text := self.text_of(token)):
+                reserved.append(text)
+        return ControlTokens(control, reserved)
 
     def text_of(self, token: int) -> str:
         """The token's own text (control tokens have one too); empty for none."""
@@ -155,8 +160,12 @@ class Vocabulary:
         return (api.llama_vocab_get_text(self._handle, token) or b"").decode("utf-8", "replace")
 
     @property
+    def bos(self) -> int:
+        return int(api.llama_vocab_bos(self._handle))
+
+    @property
     def bos_text(self) -> str:
-        return self.text_of(api.llama_vocab_bos(self._handle))
+        return self.text_of(self.bos)
 
     @property
     def eos_text(self) -> str:

@@ -94,6 +94,7 @@ class SecureModel:
             context_tokens = options.context_tokens or min(
                 self._model.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS
             )
+            _ = self._model.vocab.control_tokens  # made now, not while the first client waits
             self._context = Context(self._model, ContextOptions(context_tokens, options.threads))
             self._loader = Loader(
                 self.arena,

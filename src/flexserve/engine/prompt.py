@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from ..core import Request
 from ..errors import TemplateFailure
 from .llama import Vocabulary, check_tokens
-from .template import Span, TemplateZygote
+from .spans import Span
+from .template import TemplateZygote
 
 
 def prompt_tokens(
@@ -33,37 +34,15 @@ def prompt_tokens(
 
 
 def tokenize_spans(spans: Sequence[Span], vocab: Vocabulary) -> list[int]:
-    """Token ids of a rendered chat: control tokens in the template's text are tokens, in the user's they are text.
+    """Token ids of a rendered chat: what the template writes as a control token is one, what a user writes is text.
 
-    When no special text reaches into a user's span, the whole is tokenised in one go, exactly as llama.cpp
-    does; otherwise span by span, the user's without special tokens.
+    Without control-token texts in the user's part these are llama.cpp's own tokens for the whole text.
     """
-    text = "".join(s.text for s in spans)
-    # A template that writes the BOS token itself must not get a second one.
-    add_special = not (vocab.adds_bos and vocab.bos_text and text.startswith(vocab.bos_text))
-    if not _special_in_user_text(spans, text, vocab.special_texts):
-        return vocab.tokenize(text, add_special=add_special, parse_special=True)
+    pieces = vocab.control_tokens.pieces(spans)
     tokens: list[int] = []
-    for span in spans:
-        first = add_special and not tokens
-        tokens += vocab.tokenize(span.text, add_special=first, parse_special=span.is_template)
+    # A template that writes the BOS token itself must not get a second one.
+    if vocab.adds_bos and not (pieces and pieces[0].is_template and pieces[0].text == vocab.bos_text):
+        tokens.append(vocab.bos)
+    for piece in pieces:
+        tokens += vocab.tokenize(piece.text, add_special=False, parse_special=piece.is_template)
     return tokens
-
-
-def _special_in_user_text(spans: Sequence[Span], text: str, specials: Sequence[str]) -> bool:
-    """Whether any special token's text overlaps a user's span, be it by a single character."""
-    user: list[tuple[int, int]] = []
-    at = 0
-    for span in spans:
-        if not span.is_template and span.text:
-            user.append((at, at + len(span.text)))
-        at += len(span.text)
-    if not user:
-        return False
-    for special in specials:
-        found = text.find(special)
-        while found >= 0:
-            if any(found < end and found + len(special) > start for start, end in user):
-                return True
-            found = text.find(special, found + 1)
-    return False
