@@ -20,7 +20,7 @@ from typing import ClassVar
 
 
 class FlexServeError(Exception):
-    """The base of every error FlexServe raises on purpose."""
+    """Any other failure; the base of every error FlexServe raises on purpose."""
 
     code: ClassVar[str] = "error"
     http_status: ClassVar[int] = 500
@@ -38,7 +38,7 @@ class FlexServeError(Exception):
 
 
 class Usage(FlexServeError):
-    """The command line or option values make no sense together."""
+    """The call itself is wrong: an option, a value, or how they go together."""
 
     code = "usage"
     http_status = 400
@@ -116,7 +116,7 @@ class AddressInUse(Usage):
 
 
 class NotFound(FlexServeError):
-    """Nothing is there under that path."""
+    """A file, an endpoint, a model or a server is not there."""
 
     code = "not_found"
     http_status = 404
@@ -253,7 +253,7 @@ class PassphraseWrong(KeyProblem):
 
 
 class EngineFailure(FlexServeError):
-    """llama.cpp failed to compute."""
+    """Computing failed, or the secure world did."""
 
     code = "engine_failed"
     exit_code = 7
