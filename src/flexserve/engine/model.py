@@ -250,14 +250,18 @@ class SecureModel:
 
     def cancel(self) -> None:
         """End the decode that is running, if one is: `answer` then finishes as cancelled."""
-        if self._context:
-            self._context.stop.set()
+        context = self._context  # `close` may come from another thread
+        if context:
+            context.stop.set()
 
     # Memory
 
     def recall(self, nbytes: int) -> int:
         """Give back up to `nbytes` of weights, last needed first; returns the bytes given back."""
-        if self._loader is not None and self._loader.on_demand:
+        loader = self._loader
+        if loader is None:  # closed
+            return 0
+        if loader.on_demand:
             return self._recall(nbytes)
         # Without userfaultfd nothing could wait for a page that is gone: only between requests.
         if not self._answering.acquire(blocking=False):
@@ -268,14 +272,17 @@ class SecureModel:
             self._answering.release()
 
     def _recall(self, nbytes: int) -> int:
-        freed = 0
-        regions = [self._body, self._embed] if not self._tied else [self._embed, self._body]
-        for region in regions:
-            for index in range(region.first_segment + region.segment_count - 1, region.first_segment - 1, -1):
-                if freed >= nbytes:
-                    return freed
-                freed += self.arena.recall([index])
-        return freed
+        chosen: list[int] = []
+        total = 0
+        # From the end of the execution order: a tied embedding is the output matrix, needed last.
+        for region in (self._embed, self._body) if self._tied else (self._body, self._embed):
+            for index in reversed(range(region.first_segment, region.first_segment + region.segment_count)):
+                if total >= nbytes:
+                    break
+                if self.arena.state(index) >= SegmentState.RESIDENT:
+                    chosen.append(index)
+                    total += self.arena.span(index).length
+        return self.arena.recall(sorted(chosen))
 
     @property
     def last_used(self) -> float:
