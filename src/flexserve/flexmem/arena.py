@@ -10,7 +10,9 @@ A segment's state changes under one lock, and only like this (place/recall, lazy
        |                 +---- lost pages ----+----------------+     (the kernel took single pages)
        +------------------------ recall ------+----------------+
 
-A thread that touches a page that is not there waits in the kernel until it is placed.
+A thread that touches a page that is not there waits in the kernel until it is placed. An ABSENT segment
+has no page with content: where the kernel took some pages, the others are given back too, because they are
+still the kernel's to take.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import groupby
 
 from ..core import PAGE_SIZE, SEGMENT_SIZE
 from ..errors import FlexServeError
@@ -78,6 +81,7 @@ class Arena:
         self.poisoned: FlexServeError | None = None
         self._faults = faults
         self._lock = threading.RLock()
+        self._closed = False
         last = max(r.first_segment + r.segment_count for r in self.regions)
         self._state = bytearray(last)
         self.base = uffd.reserve(self.length)
@@ -141,13 +145,14 @@ class Arena:
             state = self._state[index]
             if state == SegmentState.LOADING:
                 return None  # it is on its way, and placing it wakes the thread
+            span = self.span(index)
             if state != SegmentState.ABSENT:
                 if uffd.resident_pages(self.base + page, PAGE_SIZE)[0]:
                     self._wake(page, PAGE_SIZE)  # placed between the fault and now
                     return None
-                self.counters.lost_segments += 1
+                self._drop_lost(span)
             self._state[index] = SegmentState.LOADING
-            return self.span(index)
+            return span
 
     def _mark(self, first: int, count: int, state: SegmentState) -> None:
         self._state[first : first + count] = bytes([state]) * count
@@ -166,6 +171,8 @@ class Arena:
         with self._lock:
             self._mark(span.first, span.count, SegmentState.RESIDENT)
             self.counters.placed_bytes += span.length
+            # Whoever was told "it is on its way" tries again, whichever page it waits for.
+            self._wake(span.offset, span.length)
 
     def recall(self, segments: Iterable[int]) -> int:
         """Zero these segments' pages and give them back to the kernel; returns the bytes given back.
@@ -175,27 +182,38 @@ class Arena:
         Segments that are absent or on their way are passed over.
         """
         freed = 0
-        for span in self._runs(segments, RECALL_CHUNK):
+        runs = self._runs(segments, RECALL_CHUNK)[::-1]
+        while runs:
+            span = runs.pop()
+            indices = range(span.first, span.first + span.count)
             with self._lock:
-                # A state may have changed since the runs were made: take only what is still there.
-                if any(
-                    self._state[i] < SegmentState.RESIDENT for i in range(span.first, span.first + span.count)
-                ):
+                states = {self._state[i] for i in indices}
+                if len(states) > 1:  # one has changed since the runs were made
+                    runs += [self.span(i) for i in reversed(indices)]
+                    continue
+                (state,) = states
+                if state < SegmentState.RESIDENT:
                     continue
                 away = uffd.move_away(self.base + span.offset, span.length)
                 self._mark(span.first, span.count, SegmentState.ABSENT)
                 self.counters.recalled_bytes += span.length
-            libc.memset(away, 0, span.length)
+            if state == SegmentState.LAZY:
+                freed += _zero_present(away, span.length)
+            else:
+                libc.memset(away, 0, span.length)
+                freed += span.length
             uffd.release(away, span.length)
-            freed += span.length
         return freed
 
     def lazy(self, segments: Iterable[int]) -> int:
         """Let the kernel take these resident segments when it wants, without asking (MADV_FREE).
 
-        Their content stays valid until it does. Returns the bytes handed over.
+        Their content stays valid until it does. Returns the bytes handed over: none without userfaultfd,
+        where nobody would notice that a page is gone.
         """
         handed = 0
+        if self._faults is None:
+            return 0
         for span in self._runs(segments, 64 << 20):
             with self._lock:
                 if any(
@@ -224,12 +242,19 @@ class Arena:
                     # Marks every page written without changing it; EFAULT where one is missing.
                     uffd.advise(self.base + span.offset, span.length, MADV_POPULATE_WRITE)
                 except OSError:
-                    self.counters.lost_segments += 1
-                    self._state[index] = SegmentState.ABSENT
+                    self._drop_lost(span)
                     continue
                 self._state[index] = SegmentState.RESIDENT
             kept += span.length
         return kept
+
+    def _drop_lost(self, span: Span) -> None:
+        """Empty a segment of which the kernel took pages. Call with the lock held."""
+        away = uffd.move_away(self.base + span.offset, span.length)
+        _zero_present(away, span.length)
+        uffd.release(away, span.length)
+        self.counters.lost_segments += 1
+        self._mark(span.first, span.count, SegmentState.ABSENT)
 
     def _runs(self, segments: Iterable[int], limit: int) -> list[Span]:
         """Join neighbours among the segments that have pages, up to `limit` bytes a run."""
@@ -269,7 +294,9 @@ class Arena:
                     if self._state[index] == SegmentState.LOADING:
                         span = self.span(index)
                         self._zero(span.offset, span.length)
-                        self._state[index] = SegmentState.ABSENT
+                        self._state[index] = SegmentState.RESIDENT  # it has pages, which a recall takes
+            # Also those whose fault was read by a handler that died: they fault again, and get zeros.
+            self._wake(0, self.length)
 
     def _zero(self, offset: int, length: int) -> None:
         if self._faults is not None:
@@ -305,9 +332,31 @@ class Arena:
         return sum(uffd.resident_pages(self.base, self.length))
 
     def close(self) -> None:
-        """Zero and return everything. Nothing may compute on the arena any more."""
+        """Zero and return everything; may be called twice. Nothing may compute on the arena any more."""
+        if self._closed:
+            return
+        self._closed = True
         self.recall(self.segments_in(SegmentState.RESIDENT, SegmentState.LAZY))
+        for at in range(0, self.length, RECALL_CHUNK):  # a span that was on its way when its loader ended
+            length = min(RECALL_CHUNK, self.length - at)
+            away = uffd.move_away(self.base + at, length)
+            _zero_present(away, length)
+            uffd.release(away, length)
         uffd.release(self.base, self.length)
+
+
+def _zero_present(address: int, length: int) -> int:
+    """Zero the pages of a private range that are in memory; returns their bytes. The others stay missing:
+    giving memory back must not take any."""
+    zeroed = 0
+    at = address
+    for present, run in groupby(uffd.resident_pages(address, length)):
+        size = len(list(run)) * PAGE_SIZE
+        if present:
+            libc.memset(at, 0, size)
+            zeroed += size
+        at += size
+    return zeroed
 
 
 __all__ = ["SEGMENT_SIZE", "Arena", "Counters", "SegmentState", "Span"]

@@ -61,7 +61,9 @@ class Loader:
         self.arena = arena
         self._source = source
         self._faults = faults
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._work_to_do = threading.Condition(self._lock)  # workers wait for it
+        self._plan_done = threading.Condition(self._lock)  # `wait` waits for it
         self._urgent: deque[Span] = deque()
         self._plan: deque[Range] = deque()
         self._busy = 0
@@ -86,17 +88,19 @@ class Loader:
 
     def load(self, order: Iterable[Range]) -> None:
         """Load these ranges, in this order, in the background; replaces what was planned before."""
-        with self._condition:
+        with self._lock:
             self._plan = deque(order)
-            self._condition.notify_all()
+            self._work_to_do.notify_all()
 
     def wait(self) -> None:
-        """Until the plan is done or the arena is poisoned."""
-        with self._condition:
-            self._condition.wait_for(lambda: (not self._plan and not self._busy) or self.arena.poisoned)
+        """Until the plan is done or the arena is poisoned, or the loader closes."""
+        with self._lock:
+            self._plan_done.wait_for(
+                lambda: (not self._plan and not self._busy) or self.arena.poisoned or self._closing
+            )
 
     def times(self) -> LoadTimes:
-        with self._condition:
+        with self._lock:
             return self._times
 
     def check(self) -> None:
@@ -106,9 +110,9 @@ class Loader:
 
     # Workers
 
-    def _next(self) -> Span | None:
+    def _next(self, staging: Staging) -> Span | None:
         """The next span to load, claimed; None when closing."""
-        with self._condition:
+        with self._lock:
             while not self._closing:
                 if self._urgent:
                     self._busy += 1
@@ -118,8 +122,9 @@ class Loader:
                     self._busy += 1
                     return span
                 if not self._busy:
-                    self._condition.notify_all()  # whoever waits for the plan
-                self._condition.wait()
+                    self._plan_done.notify_all()
+                staging.wipe()  # no plaintext lies about while there is nothing to do
+                self._work_to_do.wait()
         return None
 
     def _next_planned(self) -> Span | None:
@@ -150,7 +155,7 @@ class Loader:
     def _work(self) -> None:
         staging = Staging()
         try:
-            while (span := self._next()) is not None:
+            while (span := self._next(staging)) is not None:
                 self._load_one(span, staging)
         except BaseException as error:  # a worker that dies must not leave compute waiting
             self._give_up(EngineFailure(f"a loader thread ended: {type(error).__name__}: {error}"))
@@ -159,6 +164,7 @@ class Loader:
 
     def _load_one(self, span: Span, staging: Staging) -> None:
         try:
+            staging.used = True
             took = self._source.fetch(span, staging)
             start = time.perf_counter()
             self.arena.place(span, staging.address)
@@ -166,7 +172,7 @@ class Loader:
         except FlexServeError as error:
             self._give_up(error)
             placed = None
-        with self._condition:
+        with self._lock:
             self._busy -= 1
             began = self._waiting.pop(span.first, None)
             if placed is not None:
@@ -180,15 +186,15 @@ class Loader:
                     fault_wait_s=t.fault_wait_s + (placed - began if began is not None else 0.0),
                 )
             if not self._busy and not self._plan:
-                self._condition.notify_all()
+                self._plan_done.notify_all()
 
     def _give_up(self, error: FlexServeError) -> None:
         self.arena.poison(error)
-        with self._condition:
+        with self._lock:
             self._plan.clear()
             self._urgent.clear()
             self._waiting.clear()
-            self._condition.notify_all()
+            self._plan_done.notify_all()
 
     # Faults
 
@@ -208,19 +214,19 @@ class Loader:
             poll.poll()
             for address in self._faults.faults():
                 span = self.arena.claim_fault(address - self.arena.base)
-                with self._condition:
+                with self._lock:
                     self._times = replace(self._times, faults=self._times.faults + 1)
                     if span is not None:
                         self._waiting[span.first] = time.perf_counter()
                         self._urgent.append(span)
-                        self._condition.notify()
+                        self._work_to_do.notify()
 
     def _watch(self) -> None:
         """Poison when the fault handler is dead or a fault is not answered; serve zeros in its place."""
         while not self._closing:
             select.select([self._stop_read], [], [], 1.0)
             now = time.perf_counter()
-            with self._condition:
+            with self._lock:
                 stuck = [s for s, began in self._waiting.items() if now - began > FAULT_TIMEOUT_S]
             if stuck:
                 self._give_up(
@@ -232,9 +238,10 @@ class Loader:
 
     def close(self) -> None:
         """Stop all threads; the arena stays as it is. Nothing may compute on it any more."""
-        with self._condition:
+        with self._lock:
             self._closing = True
-            self._condition.notify_all()
+            self._work_to_do.notify_all()
+            self._plan_done.notify_all()
         os.write(self._stop_write, b"x")
         for thread in self._threads:
             thread.join()

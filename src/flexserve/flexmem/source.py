@@ -32,10 +32,13 @@ class Staging:
         self.cipher = memoryview(self._cipher)
         self.plain = memoryview(self._plain)
         self.address = _address(self._plain)
+        self.used = False  # whether there may be plaintext in it
 
     def wipe(self) -> None:
         """Zero the plaintext, when the worker has nothing to do."""
-        libc.memset(self.address, 0, len(self.plain))
+        if self.used:
+            libc.memset(self.address, 0, len(self.plain))
+            self.used = False
 
 
 def _address(m: mmap.mmap) -> int:
@@ -94,7 +97,8 @@ class SealedSource:
 
     def _read(self, offset: int, out: memoryview) -> None:
         """From the page cache when it is there, otherwise past it: a cold model must not fill the cache."""
-        if not self._nowait or self._direct is None:
+        direct = self._direct
+        if not self._nowait or direct is None:
             pread_exact(self._cached, out, offset)
             return
         done = 0
@@ -111,4 +115,14 @@ class SealedSource:
                 self._nowait = False
         done -= done % PAGE_SIZE
         if done < len(out):
-            pread_exact(self._direct, out[done:], offset + done)
+            self._read_direct(direct, offset + done, out[done:])
+
+    def _read_direct(self, direct: int, offset: int, out: memoryview) -> None:
+        try:
+            pread_exact(direct, out, offset)
+        except StorageFailure as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EINVAL:
+                raise
+            # A file system that opens with O_DIRECT but wants another alignment than a page.
+            self._direct = None
+            pread_exact(self._cached, out, offset)
