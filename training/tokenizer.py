@@ -1,20 +1,24 @@
 """The byte-level BPE tokenizer: trained here, run by llama.cpp as pre-tokenizer `smollm`.
 
-Two choices serve copying. Digits are single tokens. And no merge crosses a space, so that a word is the same
-tokens after a space, after a quote and at the start: merges are learned from text cut at spaces, while the
-finished tokenizer cuts exactly as llama.cpp does (a space belongs to the word behind it, as its
-first token).
+It is made for copying, which is most of what this assistant does. Digits are single tokens. Merges are first
+learned inside words only, so that a name is the same tokens after a space, after a quote and at the start. Last
+come merges of a space with a whole frequent word: ordinary text then has one token per word, and the token
+before a word is another word and not always the same space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PRE_TOKENIZER = "smollm"  # llama.cpp's name for: digits singly, then GPT-2's expression
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+SPACE = "Ġ"  # how byte-level BPE writes a space
 SPECIAL = (END, SYSTEM, USER, ASSISTANT)  # ids 0 to 3
 
 CHAT_TEMPLATE = (
@@ -30,10 +34,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn merges from `texts`; ids 0.. are the special tokens, then the 256 bytes, then merges."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+def train(texts: Sequence[str], pieces: int, words: int) -> Tokenizer:
+    """`pieces` tokens inside words (ids 0.. are the special ones, then the 256 bytes), then `words` with a space."""
+    inside = Tokenizer(models.BPE())
+    inside.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\s"), "isolated"),
             pre_tokenizers.Digits(individual_digits=True),
@@ -41,12 +45,26 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=pieces,
         special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    inside.train_from_iterator(texts, trainer)
+    model = json.loads(inside.to_str())["model"]
+    vocab: dict[str, int] = model["vocab"]
+    merges = [(left, right) for left, right in model["merges"]]
+
+    counts = Counter(word for text in texts for word in re.findall(r"(?<= )[A-Za-z]+(?!\w)", text))
+    frequent = [word for word, _ in counts.most_common() if word in vocab][:words]
+    for word in frequent:
+        merges.append((SPACE, word))
+        vocab[SPACE + word] = len(vocab)
+    if len(vocab) != pieces + words:
+        raise ValueError(f"the text yields {len(vocab)} tokens, not {pieces + words}: give more text")
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -54,10 +72,6 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"the text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}: give more text"
-        )
     return tokenizer
 
 

@@ -19,7 +19,7 @@ from .tokenizer import Turn
 from .trainer import Encoded, Plan
 
 ROOT = Path(__file__).parents[1]
-VOCAB = 1024
+PIECES, WORDS = 1024, 384  # tokens inside words, and frequent words with their space
 TOKENIZER_CONVERSATIONS = 40_000
 
 
@@ -54,14 +54,14 @@ def main() -> None:
             print(line, flush=True)
             print(line, file=log_file, flush=True)
 
-        texts = (turn.content for turns in islice(spoken(), TOKENIZER_CONVERSATIONS) for turn in turns)
-        bpe = tokenizer.train(texts, VOCAB)
+        texts = [turn.content for turns in islice(spoken(), TOKENIZER_CONVERSATIONS) for turn in turns]
+        bpe = tokenizer.train(texts, PIECES, WORDS)
         bpe.save(str(args.cache / "tokenizer.json"))
 
         def encoded() -> Iterator[Encoded]:
             return (tokenizer.encode_chat(bpe, turns) for turns in spoken())
 
-        shape = Shape(vocab=VOCAB)
+        shape = Shape(vocab=PIECES + WORDS)
         plan = Plan(steps=args.steps, seed=args.seed)
         model = trainer.train(shape, encoded(), plan, args.cache / "weights.pt", log)
         log(f"trained in {(time.monotonic() - began) / 60:.1f} minutes on {args.threads} threads")
