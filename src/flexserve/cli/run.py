@@ -359,4 +359,5 @@ def _talk(started: _Started, settings: _Settings) -> int:
         write_answer("\n")
         _note_times(started, settings, finished, first=first)
         first = False
-        history += (Message("user", text), Message("assistant", finished.text))
+        if finished.text:  # a turn cancelled before its answer began never happened
+            history += (Message("user", text), Message("assistant", finished.text))
