@@ -10,6 +10,7 @@ compute thread that runs ahead of the loader waits in the kernel until its page 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
@@ -27,6 +28,7 @@ from .uffd import Userfaultfd
 WORKERS = 3  # with one read each in flight, enough to keep storage busy while another decrypts
 RUN_SEGMENTS = 64  # 64 embedding units are as long as one body segment
 FAULT_TIMEOUT_S = 60.0  # storage that is silent for longer ends the request
+WATCH_PERIOD_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Loader:
         self._plan: deque[Range] = deque()
         self._busy = 0
         self._waiting: dict[int, float] = {}  # first segment of an urgent span -> when its fault came
+        self._begun: dict[int, float] = {}  # first segment of a span a worker has -> since when
         self._times = LoadTimes()
         self._closing = False
         self._stop_read, self._stop_write = os.pipe2(os.O_CLOEXEC)
@@ -114,12 +117,10 @@ class Loader:
         """The next span to load, claimed; None when closing."""
         with self._lock:
             while not self._closing:
-                if self._urgent:
-                    self._busy += 1
-                    return self._urgent.popleft()
-                span = self._next_planned()
+                span = self._urgent.popleft() if self._urgent else self._next_planned()
                 if span is not None:
                     self._busy += 1
+                    self._begun[span.first] = time.perf_counter()
                     return span
                 if not self._busy:
                     self._plan_done.notify_all()
@@ -174,6 +175,7 @@ class Loader:
             placed = None
         with self._lock:
             self._busy -= 1
+            self._begun.pop(span.first, None)
             began = self._waiting.pop(span.first, None)
             if placed is not None:
                 t = self._times
@@ -194,6 +196,7 @@ class Loader:
             self._plan.clear()
             self._urgent.clear()
             self._waiting.clear()
+            self._begun.clear()
             self._plan_done.notify_all()
 
     # Faults
@@ -203,7 +206,8 @@ class Loader:
             self._serve_faults()
         except BaseException as error:
             self._give_up(EngineFailure(f"the fault handler ended: {type(error).__name__}: {error}"))
-            self._serve_faults()  # poisoned now: every page is answered with zeros
+            with contextlib.suppress(Exception):  # the watchdog is the last to try
+                self._serve_faults()  # poisoned now: every page is answered with zeros
 
     def _serve_faults(self) -> None:
         assert self._faults is not None
@@ -222,12 +226,16 @@ class Loader:
                         self._work_to_do.notify()
 
     def _watch(self) -> None:
-        """Poison when the fault handler is dead or a fault is not answered; serve zeros in its place."""
+        """Poison when the fault handler is dead or a segment does not arrive; serve zeros in its place.
+
+        A thread may wait for a segment that was on its way before, so every load in progress counts.
+        """
         while not self._closing:
-            select.select([self._stop_read], [], [], 1.0)
+            select.select([self._stop_read], [], [], WATCH_PERIOD_S)
             now = time.perf_counter()
             with self._lock:
-                stuck = [s for s, began in self._waiting.items() if now - began > FAULT_TIMEOUT_S]
+                since = {**self._begun, **self._waiting}
+                stuck = [s for s, began in since.items() if now - began > FAULT_TIMEOUT_S]
             if stuck:
                 self._give_up(
                     EngineFailure(f"segment {stuck[0]} did not arrive within {FAULT_TIMEOUT_S:.0f} s")
