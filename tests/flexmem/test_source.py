@@ -193,7 +193,7 @@ def test_a_read_error_is_a_segment_that_cannot_be_had(
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_truncated_file_is_a_segment_that_cannot_be_had(opened: Opened, direct: bool) -> None:
     os.truncate(opened.path, opened.model.segments[11].file_offset + 5000)
-    with pytest.raises(SegmentNotAuthentic, match="segment 11 cannot be read: .*became shorter"):
+    with pytest.raises(SegmentNotAuthentic, match=r"segment 11 cannot be read: .*became shorter"):
         opened.source(direct=direct).fetch(Span(11, 1, 2 << 20, 978944), opened.staging)
 
 

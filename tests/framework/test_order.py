@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +21,7 @@ def test_joined_ranges_are_the_same_indices_and_no_two_touch(numbers: set[int]) 
     ranges = join(sorted(numbers))
     assert indices(ranges) == sorted(numbers)
     assert all(r.count > 0 for r in ranges)
-    assert all(a.first + a.count < b.first for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a.first + a.count < b.first for a, b in itertools.pairwise(ranges))
 
 
 @given(st.data(), UNITS, UNITS, st.booleans())

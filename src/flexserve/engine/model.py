@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core import Finished, FinishReason, ModelInfo, ModelStatus, Request, Timings, Token
-from ..errors import ContextOverflow
+from ..errors import ContextOverflow, InvalidRequest
 from ..flexmem import ggml
 from ..flexmem.arena import Arena, SegmentState
 from ..flexmem.loader import WORKERS, Loader
@@ -157,7 +157,7 @@ class SecureModel:
                 f"but the context of model {request.model!r} holds {self._context.context_tokens}"
             )
         if not prompt:
-            raise ContextOverflow(
+            raise InvalidRequest(
                 "the prompt is empty: a model needs at least one token", hint="send some text"
             )
         tokenized = time.perf_counter()
@@ -226,9 +226,10 @@ class SecureModel:
         assert self._context and self._loader
         if cancelled():
             return False
-        alive = self._context.decode(tokens)
-        self._loader.check()
-        return alive
+        try:
+            return self._context.decode(tokens)
+        finally:
+            self._loader.check()
 
     def _generate(
         self, limit: int, sampler: Sampler, output: _Output, cancelled: Callable[[], bool]
