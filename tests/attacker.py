@@ -1,0 +1,194 @@
+"""What the attackers of docs/threat-model.md do, for tests: look into processes, dump them, search files.
+
+Knows Linux's calls and no FlexServe. Root is stronger than the attacker most tests mean, another program of
+the same user: `as_same_user` gives root's powers away first, so that a test means the same for every user.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+_libc.ptrace.restype = ctypes.c_long
+_PTRACE_ATTACH, _PTRACE_DETACH = 16, 17
+_PR_CAPBSET_DROP = 24
+_WALL = 0x40000000
+_CHUNK = 8 << 20
+_PAGE = 4096
+
+
+def as_same_user(work: Callable[[], T]) -> T:
+    """Do `work` in a thread without any capability; what it starts has none either, also after an exec.
+
+    A thread, not a process: to the kernel's Yama it is still an ancestor of what the tests start.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            _drop_capabilities()
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _drop_capabilities() -> None:
+    """Of this thread only: the raw system calls do not reach the others, as glibc's setuid would."""
+    capability = 0
+    while _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # EPERM for an ordinary user: it has none
+        capability += 1
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    if _libc.capset(header, nothing) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+# Memory
+
+
+def memory_has(pid: int, needle: bytes) -> bool:
+    """Whether the bytes are in the memory of a process. Raises `PermissionError` where the kernel refuses."""
+    return any(needle in piece for piece in _memory(pid, len(needle)))
+
+
+def _memory(pid: int, overlap: int) -> Iterator[bytes]:
+    """All readable memory, in pieces that overlap."""
+    with Path(f"/proc/{pid}/maps").open() as file:
+        maps = file.read().splitlines()
+    fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for line in maps:
+            found = re.match(r"([0-9a-f]+)-([0-9a-f]+) r.*", line)
+            if found is None or line.endswith(("[vvar]", "[vvar_vclock]", "[vsyscall]")):
+                continue
+            start, end = (int(x, 16) for x in found.groups())
+            for at in range(start, end, _CHUNK):
+                yield from _read(fd, max(start, at - overlap), min(end, at + _CHUNK))
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int, start: int, end: int) -> Iterator[bytes]:
+    """A stretch of memory, in several pieces where pages are missing (an arena's cannot be read)."""
+    at, piece = start, bytearray()
+    while at < end:
+        try:
+            data = os.pread(fd, end - at, at)
+        except OSError:  # this page is missing
+            yield bytes(piece)
+            piece.clear()
+            at = (at // _PAGE + 1) * _PAGE
+            continue
+        if not data:
+            break
+        piece += data
+        at += len(data)
+    yield bytes(piece)
+
+
+@contextmanager
+def traced(pid: int) -> Iterator[None]:
+    """Attached as a debugger is. Raises `PermissionError`."""
+    if _libc.ptrace(_PTRACE_ATTACH, pid, None, None) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))  # EPERM makes it a PermissionError
+    os.waitpid(pid, _WALL)
+    try:
+        yield
+    finally:
+        _libc.ptrace(_PTRACE_DETACH, pid, None, None)
+
+
+def read_as_debugger(pid: int, needle: bytes) -> bool:
+    """`memory_has`, attached."""
+    with traced(pid):
+        return memory_has(pid, needle)
+
+
+def process_vm_read(pid: int) -> int:
+    """Read 16 bytes with process_vm_readv(2), at an address that is not there. Returns the error number:
+    EFAULT where only the address was wrong, EPERM where the process is out of reach."""
+    buffer = ctypes.create_string_buffer(16)
+    here = (ctypes.c_size_t * 2)(ctypes.addressof(buffer), 16)
+    there = (ctypes.c_size_t * 2)(_PAGE, 16)
+    _libc.process_vm_readv(pid, here, 1, there, 1, 0)
+    return ctypes.get_errno()
+
+
+def gcore(pid: int, out: Path) -> Path | None:
+    """What gdb's gcore dumps of a process; None when it dumps nothing. Needs `has_gcore`."""
+    run = subprocess.run(
+        ["gcore", "-o", str(out), str(pid)], capture_output=True, timeout=120, check=False, cwd=out.parent
+    )
+    core = out.with_name(f"{out.name}.{pid}")
+    assert core.exists() == (run.returncode == 0), run
+    return core if core.exists() else None
+
+
+def has_gcore() -> bool:
+    return shutil.which("gcore") is not None
+
+
+# Files
+
+
+def file_has(path: Path, needle: bytes) -> bool:
+    """Whether a file contains the bytes, however large it is."""
+    if path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(needle) >= 0
+
+
+def files_with(directory: Path, needles: Iterable[bytes]) -> list[Path]:
+    """The files below `directory` that contain one of these."""
+    wanted = list(needles)
+    files = (p for p in directory.rglob("*") if p.is_file() and not p.is_symlink())
+    return [path for path in files if any(file_has(path, needle) for needle in wanted)]
+
+
+# Processes
+
+
+def children(pid: int) -> list[int]:
+    """The direct children of a process."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue  # it ended meanwhile
+            if int(stat.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; a zombie does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
