@@ -65,7 +65,7 @@ def linux_world(device: Device, **options: Any) -> Iterator[LinuxWorld]:
     """A started linux world on this device, with a state directory of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(device.directory / "state"))
-        world = LinuxWorld(str(device.key_path), vendor_pub=device.vendor_path, **{"threads": 2, **options})
+        world = LinuxWorld(str(device.key_path), vendor_pub=device.vendor_path, **{"threads": 1, **options})
         world.start()
         try:
             yield world
