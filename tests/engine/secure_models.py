@@ -119,7 +119,7 @@ class Plain:
 
     def greedy(self, prompt: Sequence[int], count: int) -> Trace:
         trace = Trace()
-        sampler = Sampler(GREEDY, 0)
+        sampler = Sampler(GREEDY, 0, self.model.vocab.size)
         self._context.clear()
         tokens = list(prompt)
         for _ in range(count):
@@ -155,6 +155,19 @@ def answer(
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Finished:
     return model.answer(asked, emit, cancelled, time.perf_counter())
+
+
+def settle(model: SecureModel) -> None:
+    """Wait for loads that the last answer did not need any more: a recall passes over what is on its way."""
+    assert model._loader
+    model._loader.wait()
+
+
+def forget(model: SecureModel) -> None:
+    """Recall everything."""
+    settle(model)
+    model.recall(1 << 40)
+    assert model.resident_bytes == model.arena.resident_pages() == 0
 
 
 def sealed_greedy(model: SecureModel, prompt: Sequence[int], count: int) -> Trace:

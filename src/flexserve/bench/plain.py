@@ -81,7 +81,7 @@ def _run(job: Job) -> dict[str, object]:
     model = Model.from_file(Path(job.model), load_mode=LOAD_MODES[job.load_mode], repack=job.repack)
     context = Context(model, ContextOptions(job.context_tokens, job.threads))
     loaded = time.perf_counter()
-    sampler = Sampler(Sampling(temperature=0), 0)
+    sampler = Sampler(Sampling(temperature=0), 0, model.vocab.size)
     context.decode(job.token_ids)
     tokens = [sampler.sample(context)]
     first = time.perf_counter()

@@ -248,14 +248,19 @@ class Context:
 class Sampler:
     """Chooses the next token from a context's last logits (llama.cpp's sampler chain)."""
 
-    def __init__(self, sampling: Sampling, seed: int) -> None:
+    def __init__(self, sampling: Sampling, seed: int, vocabulary: int) -> None:
+        """`vocabulary`: the model's number of tokens."""
         self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
 
         def add(sampler: Any) -> None:
             api.llama_sampler_chain_add(self._chain, sampler)
 
         if sampling.repeat_penalty != 1.0:
-            add(api.llama_sampler_init_penalties(PENALTY_TOKENS, sampling.repeat_penalty, 0.0, 0.0))
+            add(
+                api.llama_sampler_init_penalties(
+                    vocabulary, PENALTY_TOKENS, sampling.repeat_penalty, 0.0, 0.0
+                )
+            )
         if sampling.temperature == 0:
             add(api.llama_sampler_init_greedy())
             return

@@ -163,7 +163,7 @@ class SecureModel:
         tokenized = time.perf_counter()
         before = self._loader.times()
         self._context.stop.set(False)
-        sampler = Sampler(request.sampling, _seed(request))
+        sampler = Sampler(request.sampling, _seed(request), vocab.size)
         try:
             self._start_loading(prompt)
             self._context.clear()
