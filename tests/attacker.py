@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
+
 T = TypeVar("T")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -137,7 +139,7 @@ def process_vm_read(pid: int) -> int:
 
 
 def gcore(pid: int, out: Path) -> Path | None:
-    """What gdb's gcore dumps of a process; None when it dumps nothing. Needs `has_gcore`."""
+    """What gdb's gcore dumps of a process; None when it dumps nothing. For tests marked `needs_gcore`."""
     run = subprocess.run(
         ["gcore", "-o", str(out), str(pid)], capture_output=True, timeout=120, check=False, cwd=out.parent
     )
@@ -146,8 +148,22 @@ def gcore(pid: int, out: Path) -> Path | None:
     return core if core.exists() else None
 
 
-def has_gcore() -> bool:
-    return shutil.which("gcore") is not None
+def _yama() -> int:
+    """How far this machine restricts tracing by itself; 0: not at all (Documentation/admin-guide/LSM/Yama.rst)."""
+    try:
+        return int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+    except OSError:
+        return 0
+
+
+needs_tracing = pytest.mark.skipif(
+    _yama() >= 2,
+    reason="this machine (Yama) lets nobody trace, hardened or not: a control would prove nothing",
+)
+needs_gcore = pytest.mark.skipif(
+    shutil.which("gcore") is None or _yama() >= 1,
+    reason="gcore is not installed (Debian: apt-get install gdb), or Yama lets it trace nothing",
+)
 
 
 # Files

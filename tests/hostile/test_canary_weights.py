@@ -27,8 +27,9 @@ from ..attacker import (
     file_has,
     files_with,
     gcore,
-    has_gcore,
     memory_has,
+    needs_gcore,
+    needs_tracing,
     process_vm_read,
     read_as_debugger,
     traced,
@@ -41,9 +42,7 @@ CORE_PATTERN = Path("/proc/sys/kernel/core_pattern").read_text().strip()
 # gdb gives up a mapping at the first page it cannot read, as an absent one of the arena: here every answer
 # needs all pages, since the embedding is the output matrix too, and its 1 MiB leaves no gap before the body.
 SHAPE = dataclasses.replace(SMALL, vocabulary=2048, tied_output=True)
-needs_gcore = pytest.mark.skipif(
-    not has_gcore(), reason="gcore is not installed (Debian: apt-get install gdb)"
-)
+
 needs_core_files = pytest.mark.skipif(
     "/" in CORE_PATTERN or CORE_PATTERN.startswith("|"),
     reason=f"cores do not go to the working directory here: core_pattern is {CORE_PATTERN!r}",
@@ -139,6 +138,7 @@ def test_the_same_user_cannot_look_into_the_secure_process(server: Served, marke
         as_same_user(lambda: memory_has(server.secure_pid, marked.body))
 
 
+@needs_tracing
 def test_control_the_same_user_finds_the_weights_without_hardening(control: Served, marked: Marked) -> None:
     pid = control.secure_pid
     assert as_same_user(lambda: process_vm_read(pid)) == errno.EFAULT
@@ -152,6 +152,7 @@ def test_the_same_user_cannot_trace_the_secure_process(server: Served) -> None:
             as_same_user(lambda pid=pid: traced(pid).__enter__())  # type: ignore[misc]
 
 
+@needs_tracing
 def test_control_a_debugger_reads_the_weights_without_hardening(control: Served, marked: Marked) -> None:
     pid = control.secure_pid
     assert as_same_user(lambda: read_as_debugger(pid, marked.body))

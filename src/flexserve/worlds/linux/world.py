@@ -94,10 +94,11 @@ class LinuxGeneration:
         self._items.put(item)
 
 
-class _Process:
+class SecureProcess:
     """One life of the secure process."""
 
-    def __init__(self, hardened: bool) -> None:
+    def __init__(self, hardened: bool, leaked: tuple[int, ...] = ()) -> None:
+        """`leaked`: descriptors it inherits by mistake, for doctor and tests."""
         ours, theirs = socket.socketpair()
         arguments = [sys.executable, "-I", "-m", "flexserve.worlds.linux", str(theirs.fileno())]
         environment = {"GGML_NO_BACKTRACE": "1"}  # or an abort would start a debugger
@@ -107,7 +108,7 @@ class _Process:
             arguments.append("--insecure-no-hardening")
         self.popen = subprocess.Popen(
             arguments,
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(theirs.fileno(), *leaked),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -166,7 +167,7 @@ class LinuxWorld:
         )
         self._lock = threading.Condition()
         self._registering = threading.Lock()
-        self._process: _Process | None = None
+        self._process: SecureProcess | None = None
         self._device_key_id = b""
         self._failure: FlexServeError | None = None  # why there is no secure world and will be none
         self._sources: dict[str, ModelSource] = {}
@@ -244,7 +245,7 @@ class LinuxWorld:
 
     # Talking to the process
 
-    def _running(self) -> _Process:
+    def _running(self) -> SecureProcess:
         """The process; waits while it is being started again. Call with the lock held."""
         if self._thread is None and not self._closing:
             raise EngineFailure("the world was not started")
@@ -258,7 +259,10 @@ class LinuxWorld:
         return self._process
 
     def _call(
-        self, make: Callable[[int], Any], descriptors: tuple[int, ...] = (), process: _Process | None = None
+        self,
+        make: Callable[[int], Any],
+        descriptors: tuple[int, ...] = (),
+        process: SecureProcess | None = None,
     ) -> Any:
         """Send a message and wait for its answer. Raises what the secure world says, or `WorldCrashed`."""
         with self._lock:
@@ -280,7 +284,7 @@ class LinuxWorld:
             raise answer
         return answer
 
-    def _register(self, source: ModelSource, process: _Process | None = None) -> ModelInfo:
+    def _register(self, source: ModelSource, process: SecureProcess | None = None) -> ModelInfo:
         descriptors = open_sealed(source.sealed)
         try:
             licence = read_licence(source.licence)
@@ -317,7 +321,7 @@ class LinuxWorld:
 
     def _begin(self) -> None:
         """Start the process and configure it. Raises what keeps it from running."""
-        process = _Process(self._configure.hardened)
+        process = SecureProcess(self._configure.hardened)
         timer = threading.Timer(START_TIMEOUT_S, process.popen.kill)
         timer.start()
         try:
@@ -375,7 +379,7 @@ class LinuxWorld:
                 target=self._register_again, args=(self._process,), name="register-again", daemon=True
             ).start()
 
-    def _register_again(self, process: _Process) -> None:
+    def _register_again(self, process: SecureProcess) -> None:
         """Give the models to a fresh process; requests that arrive meanwhile wait in `_running`."""
         with self._registering:
             for name, source in list(self._sources.items()):
