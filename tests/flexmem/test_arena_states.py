@@ -68,7 +68,9 @@ class ArenaMachine(RuleBasedStateMachine):
     def place(self, data: st.DataObject) -> None:
         span = self.claims.pop(data.draw(st.integers(0, len(self.claims) - 1)))
         self.arena.place(span, self.image.address + span.offset)
-        self.state.update(dict.fromkeys(range(span.first, span.first + span.count), RESIDENT))
+        for index in range(span.first, span.first + span.count):
+            self.state[index] = RESIDENT
+            self.lost.pop(index, None)  # after a poisoning, pages may be lost from a claim
         self.placed += span.length
 
     @rule(segments=SETS)
@@ -122,7 +124,7 @@ class ArenaMachine(RuleBasedStateMachine):
             return bool(found) or not thread.waiting
 
         eventually(served)
-        if not missing:
+        if not missing and not self.poisoned:
             assert thread.result() == self.image[at : at + 1]
             return
         if self.poisoned:

@@ -17,6 +17,7 @@ still the kernel's to take.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -84,8 +85,12 @@ class Arena:
         self._closed = False
         last = max(r.first_segment + r.segment_count for r in self.regions)
         self._state = bytearray(last)
-        self.base = uffd.reserve(self.length)
+        # So that two body segments are exactly one huge page.
+        self._shift = -self.regions[-1].image_offset % uffd.HUGE_PAGE
+        self.base = uffd.reserve(self._shift + self.length, align=uffd.HUGE_PAGE) + self._shift
         uffd.advise(self.base, self.length, uffd.MADV_DONTFORK)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            uffd.advise(self.base, self.length, uffd.MADV_HUGEPAGE)
         if hide_from_dumps:
             uffd.advise(self.base, self.length, uffd.MADV_DONTDUMP)
         if faults is not None:
@@ -102,6 +107,11 @@ class Arena:
                 end = min((at + count) * r.unit_bytes, r.padded_bytes)
                 return Span(first, count, r.image_offset + start, end - start)
         raise IndexError(f"segments {first} to {first + count - 1} are not in one region of the image")
+
+    def block(self, first: int) -> int:
+        """How many segments from `first` fit before the next huge page begins; at least 1."""
+        span = self.span(first)
+        return max(1, (uffd.HUGE_PAGE - (self.base + span.offset) % uffd.HUGE_PAGE) // span.length)
 
     def segment_at(self, offset: int) -> int | None:
         """The segment at an image offset; None in the gap between the regions."""
@@ -159,20 +169,27 @@ class Arena:
 
     # Moving pages
 
-    def place(self, span: Span, source: int) -> None:
+    def place(self, span: Span, source: int, *, movable: bool = False) -> int:
         """Put `span.length` bytes from address `source` at a claimed span, and wake who waits for them.
 
-        Pages of the span that are there already are left alone.
+        Pages of the span that are there already are left alone. With `movable`, `source` begins a huge page
+        that may be moved instead of copied: returns the bytes that were, which `source` has no more.
         """
+        target, moved = self.base + span.offset, 0
         if self._faults is None:
-            libc.memmove(self.base + span.offset, source, span.length)
+            libc.memmove(target, source, span.length)
         else:
-            self._faults.copy(self.base + span.offset, source, span.length)
+            whole = span.length == uffd.HUGE_PAGE and target % uffd.HUGE_PAGE == 0
+            if movable and whole and self._faults.can_move:
+                moved = self._faults.move(target, source, span.length)
+            if moved < span.length:
+                self._faults.copy(target + moved, source + moved, span.length - moved)
         with self._lock:
             self._mark(span.first, span.count, SegmentState.RESIDENT)
             self.counters.placed_bytes += span.length
             # Whoever was told "it is on its way" tries again, whichever page it waits for.
             self._wake(span.offset, span.length)
+        return moved
 
     def recall(self, segments: Iterable[int]) -> int:
         """Zero these segments' pages and give them back to the kernel; returns the bytes given back.
@@ -257,7 +274,8 @@ class Arena:
         self._mark(span.first, span.count, SegmentState.ABSENT)
 
     def _runs(self, segments: Iterable[int], limit: int) -> list[Span]:
-        """Join neighbours among the segments that have pages, up to `limit` bytes a run."""
+        """Join neighbours among the segments that have pages; no run crosses a multiple of `limit` bytes,
+        so that huge pages stay whole."""
         runs: list[Span] = []
         for index in segments:
             if self._state[index] < SegmentState.RESIDENT:
@@ -268,7 +286,7 @@ class Arena:
                 previous is not None
                 and previous.first + previous.count == index
                 and previous.offset + previous.length == one.offset
-                and previous.length + one.length <= limit
+                and (self.base + previous.offset) // limit == (self.base + one.offset) // limit
                 and self._state[previous.first] == self._state[index]
             ):
                 runs[-1] = Span(
@@ -342,7 +360,7 @@ class Arena:
             away = uffd.move_away(self.base + at, length)
             _zero_present(away, length)
             uffd.release(away, length)
-        uffd.release(self.base, self.length)
+        uffd.release(self.base - self._shift, self._shift + self.length)
 
 
 def _zero_present(address: int, length: int) -> int:

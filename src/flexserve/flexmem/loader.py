@@ -26,7 +26,6 @@ from .source import Source, Staging
 from .uffd import Userfaultfd
 
 WORKERS = 3  # with one read each in flight, enough to keep storage busy while another decrypts
-RUN_SEGMENTS = 64  # 64 embedding units are as long as one body segment
 FAULT_TIMEOUT_S = 60.0  # storage that is silent for longer ends the request
 WATCH_PERIOD_S = 1.0
 
@@ -137,8 +136,7 @@ class Loader:
                 skip += 1
             span = None
             if skip < ahead.count:
-                unit = self.arena.span(ahead.first + skip).length
-                limit = max(1, min(ahead.count - skip, RUN_SEGMENTS * (16 << 10) // unit))
+                limit = min(ahead.count - skip, self.arena.block(ahead.first + skip))
                 span = self.arena.claim(ahead.first + skip, limit)
                 if span is not None:
                     skip += span.count
@@ -161,14 +159,16 @@ class Loader:
         except BaseException as error:  # a worker that dies must not leave compute waiting
             self._give_up(EngineFailure(f"a loader thread ended: {type(error).__name__}: {error}"))
         finally:
-            staging.wipe()
+            staging.close()
 
     def _load_one(self, span: Span, staging: Staging) -> None:
         try:
             staging.used = True
             took = self._source.fetch(span, staging)
             start = time.perf_counter()
-            self.arena.place(span, staging.address)
+            moved = self.arena.place(span, staging.address, movable=True)
+            if moved:
+                staging.moved()
             placed = time.perf_counter()
         except FlexServeError as error:
             self._give_up(error)

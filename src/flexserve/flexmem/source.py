@@ -6,32 +6,35 @@ the model's key. Trusts neither file: every segment is authenticated, every shor
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
-import mmap
 import os
 import time
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..core import PAGE_SIZE, SEGMENT_SIZE
+from ..core import PAGE_SIZE
 from ..errors import SealedTruncated, SegmentNotAuthentic, StorageFailure
 from ..sealed.reader import UnlockedModel, pread_exact
+from . import uffd
 from .arena import Span
-from .uffd import MADV_DONTDUMP, MADV_DONTFORK, libc
+from .uffd import libc
 
 
 class Staging:
-    """A worker's two private, page-aligned buffers: ciphertext as read, and plaintext to be placed."""
+    """A worker's two private buffers: ciphertext as read, and plaintext to be placed, a huge page of it at most.
 
-    def __init__(self, size: int = SEGMENT_SIZE) -> None:
-        self._cipher = mmap.mmap(-1, size + PAGE_SIZE)  # a page more: the tag goes behind the ciphertext
-        self._plain = mmap.mmap(-1, size)
-        for m in (self._cipher, self._plain):
-            m.madvise(MADV_DONTFORK)
-            m.madvise(MADV_DONTDUMP)
-        self.cipher = memoryview(self._cipher)
-        self.plain = memoryview(self._plain)
-        self.address = _address(self._plain)
+    They are huge pages where the kernel gives them: a direct read into memory that is contiguous for the
+    device is a few large transfers instead of a list of 4 KiB pages, and a whole huge page of plaintext is
+    moved into the arena without a copy (docs/benchmarks.md).
+    """
+
+    def __init__(self) -> None:
+        self._cipher = _reserve(2 * uffd.HUGE_PAGE)  # more than a page: the tag goes behind the ciphertext
+        self.address = _reserve(uffd.HUGE_PAGE)
+        self.cipher = _view(self._cipher, 2 * uffd.HUGE_PAGE)
+        self.plain = _view(self.address, uffd.HUGE_PAGE)
         self.used = False  # whether there may be plaintext in it
 
     def wipe(self) -> None:
@@ -40,11 +43,35 @@ class Staging:
             libc.memset(self.address, 0, len(self.plain))
             self.used = False
 
+    def moved(self) -> None:
+        """The plaintext has been moved away as a huge page: begin a new one."""
+        uffd.renew(self.address, uffd.HUGE_PAGE)
+        _advise(self.address, uffd.HUGE_PAGE)
+        self.used = False
 
-def _address(m: mmap.mmap) -> int:
-    import ctypes
+    def close(self) -> None:
+        """Zero and give back both buffers; nothing may use them afterwards."""
+        self.wipe()
+        del self.cipher, self.plain
+        uffd.release(self._cipher, 2 * uffd.HUGE_PAGE)
+        uffd.release(self.address, uffd.HUGE_PAGE)
 
-    return ctypes.addressof(ctypes.c_char.from_buffer(m))
+
+def _reserve(length: int) -> int:
+    address = uffd.reserve(length, align=uffd.HUGE_PAGE)
+    _advise(address, length)
+    return address
+
+
+def _advise(address: int, length: int) -> None:
+    for advice in (uffd.MADV_DONTFORK, uffd.MADV_DONTDUMP):
+        uffd.advise(address, length, advice)
+    with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones do
+        uffd.advise(address, length, uffd.MADV_HUGEPAGE)
+
+
+def _view(address: int, length: int) -> memoryview:
+    return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,15 @@ _UFFDIO_REGISTER = 0xC020AA00
 _UFFDIO_WAKE = 0x8010AA02
 _UFFDIO_COPY = 0xC028AA03
 _UFFDIO_ZEROPAGE = 0xC020AA04
+_UFFDIO_MOVE = 0xC028AA05
+_FEATURE_MOVE = 1 << 16  # Linux 6.8
 _REGISTER_MODE_MISSING = 1
 _EVENT_PAGEFAULT = 0x12
 _MSG_SIZE = 32
-_MREMAP_MAYMOVE_DONTUNMAP = 1 | 4
+_MREMAP_MAYMOVE_FIXED_DONTUNMAP = 1 | 2 | 4
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 MADV_DONTNEED = 4
@@ -57,6 +62,7 @@ MADV_FREE = 8
 MADV_DONTFORK = 10
 MADV_DONTDUMP = 16
 MADV_HUGEPAGE = 14
+HUGE_PAGE = 2 << 20
 
 
 class UffdDeniedError(FlexServeError):
@@ -72,8 +78,7 @@ def _os_error(what: str) -> OSError:
 
 def reserve(length: int, *, align: int = 2 << 20) -> int:
     """Reserve `length` bytes of private address space with no memory behind it; returns its address."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    got = libc.mmap(None, length + align, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    got = libc.mmap(None, length + align, _READ_WRITE, _ANONYMOUS, -1, 0)
     if got == _MAP_FAILED:
         raise _os_error("mmap")
     address = -(-int(got) // align) * align
@@ -101,10 +106,22 @@ def move_away(address: int, length: int) -> int:
     mremap(MREMAP_DONTUNMAP). A thread that touches the old range afterwards takes a missing-page fault,
     never a zeroed page. Returns the new address; the caller unmaps it.
     """
-    got = libc.mremap(address, length, length, _MREMAP_MAYMOVE_DONTUNMAP, None)
+    # Where huge pages stay whole: at the same place within one.
+    before = address % HUGE_PAGE
+    target = reserve(before + length, align=HUGE_PAGE)
+    if before:
+        libc.munmap(target, before)
+    got = libc.mremap(address, length, length, _MREMAP_MAYMOVE_FIXED_DONTUNMAP, target + before)
     if got == _MAP_FAILED:
         raise _os_error("mremap")
     return int(got)
+
+
+def renew(address: int, length: int) -> None:
+    """Make a private range as new: no pages, and no page table, so that the next touch may give a huge page."""
+    got = libc.mmap(address, length, _READ_WRITE, _ANONYMOUS | _MAP_FIXED, -1, 0)
+    if got == _MAP_FAILED:
+        raise _os_error("mmap")
 
 
 def resident_pages(address: int, length: int) -> bytearray:
@@ -138,6 +155,8 @@ class Userfaultfd:
             reason = os.strerror(ctypes.get_errno())
             os.close(fd)
             raise UffdDeniedError(f"UFFDIO_API: {reason}")
+        features = struct.unpack_from("<Q", api, 8)[0]
+        self.can_move = bool(features & _FEATURE_MOVE)
 
     def register(self, address: int, length: int) -> None:
         """Report missing pages of the range here."""
@@ -174,6 +193,16 @@ class Userfaultfd:
         Pages already there are left as they are (EEXIST); partial copies are continued (EAGAIN).
         """
         return self._fill(_UFFDIO_COPY, "<QQQQq", address, length, source)
+
+    def move(self, address: int, source: int, length: int) -> int:
+        """Move whole pages from `source` to missing pages of the range: no copy, and `source` is empty behind it.
+
+        Returns the bytes moved, from the start; fewer than `length` where the kernel cannot.
+        """
+        arg = ctypes.create_string_buffer(struct.pack("<QQQQq", address, source, length, 0, 0))
+        if libc.ioctl(self.fd, _UFFDIO_MOVE, arg) == 0:
+            return length
+        return max(0, int(struct.unpack_from("<q", arg, 32)[0]))
 
     def zero(self, address: int, length: int) -> int:
         """Place zeros at the missing pages of the range; returns the bytes placed."""
