@@ -28,7 +28,7 @@ def test_it_reports_every_line_and_succeeds_where_all_holds(shell: Shell) -> Non
         "device_key",
     ):
         assert lines[measured]["state"] == "ok", lines[measured]
-    text = shell.ok("doctor --device-key device.key")
+    text = click.unstyle(report_text(result, 80))
     assert "all that this version promises holds here" in text
     for name in lines:
         assert f" {name} " in text
@@ -37,9 +37,6 @@ def test_it_reports_every_line_and_succeeds_where_all_holds(shell: Shell) -> Non
 def test_a_broken_promise_is_exit_code_1(shell: Shell) -> None:
     shell.ok("keys device -o device.key")
     (shell.directory / "device.key").chmod(0o644)
-    result = shell("doctor --json --device-key device.key")
-    assert result.exit_code == 1
-    assert '"holds": false' in result.stdout
     text = shell("doctor --device-key device.key")
     assert text.exit_code == 1
     assert "a promise does not hold here" in text.stdout
