@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,6 +20,7 @@ from flexserve.engine.spans import Span
 from flexserve.engine.template import TemplateZygote
 from flexserve.errors import InvalidRequest, TemplateFailure
 
+from ..sealed.gguf_bytes import STRING, tiny_model
 from ..world_fixtures import DEMO
 from .secure_models import Opener, Plain, request
 
@@ -210,3 +214,22 @@ def test_the_demo_models_own_template_gives_llama_cpps_tokens(
     evil = speaker.chat("".join(speaker.vocab.text_of(t) for t in sorted(speaker.control)))
     harmless = speaker.chat("x")
     assert [t for t in evil if t in speaker.control] == [t for t in harmless if t in speaker.control]
+
+
+# Pre-tokenizers that are std::regex programs, and a character each of them takes any number of.
+RECURSIVE = {"default": "'", "deepseek-llm": "a", "tekken": " ", "bloom": "é"}
+
+
+@pytest.mark.parametrize("pre", RECURSIVE)
+def test_the_longest_word_allowed_does_not_overflow_the_stack(pre: str, tmp_path: Path) -> None:
+    """llama.cpp ends the process when it does; so this is another process."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_model().with_key("tokenizer.ggml.pre", STRING, pre).to_bytes())
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("long_words.py")), str(path), RECURSIVE[pre]],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    assert run.stdout == "refused\nallowed\n", (run.returncode, run.stderr)

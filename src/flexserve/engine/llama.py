@@ -25,9 +25,14 @@ from .spans import ControlToken, ControlTokens
 BATCH_TOKENS = 512  # llama.cpp's logical and physical batch: batch boundaries matter for bit equality
 PENALTY_TOKENS = 64
 MAX_PIECE_BYTES = 1 << 16
+# Some pre-tokenizers are std::regex programs, which recurse for every character of a match, and no match
+# reaches from a word over white space into the next word: so this bounds the stack that tokenising takes.
+MAX_RUN_CHARS = 300_000
+STACK_BYTES = 256 << 20  # for the thread that tokenises: 360 bytes per character, of a word and a blank run
 
 _CONTROL = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_UNKNOWN
 _TAG = re.compile(r"[<\[]\S+[>\]]")  # <think>, <|start|>, [INST]: no runs of blanks, no words
+_RUNS = re.compile(r"\s+|\S+")
 _errors: deque[str] = deque(maxlen=4)
 _LOG_LEVEL_ERROR = 4
 
@@ -119,8 +124,16 @@ class Vocabulary:
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of `text`; `add_special` adds what the model wants at the beginning (BOS).
 
-        Where `parse_special` is off, text that looks like a control token stays text.
+        Where `parse_special` is off, text that looks like a control token stays text. Call it in a thread with
+        STACK_BYTES of stack. Raises `InvalidRequest` for a run of more than MAX_RUN_CHARS.
         """
+        if len(text) > MAX_RUN_CHARS:
+            for run in _RUNS.finditer(text):
+                if run.end() - run.start() > MAX_RUN_CHARS:
+                    what = "white space" if text[run.start()].isspace() else "text without white space"
+                    raise InvalidRequest(
+                        f"the prompt has more than {MAX_RUN_CHARS} characters of {what} in a row"
+                    )
         data = text.encode("utf-8", "surrogatepass")
         room = len(data) + 16
         for _ in range(2):

@@ -81,7 +81,9 @@ class SecureWorld:
         self._pending: set[str] = set()  # requests that wait or run
         self._cancelled: set[str] = set()
         self._running: tuple[str, SecureModel] | None = None
+        usual = threading.stack_size(llama.STACK_BYTES)  # address space: memory only where it is used
         threading.Thread(target=self._compute, name="compute", daemon=True).start()
+        threading.stack_size(usual)
 
     # Main thread
 
