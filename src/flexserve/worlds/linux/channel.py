@@ -195,7 +195,7 @@ class Channel:
             return None
         try:
             return self._decoder.decode(body)
-        except (msgspec.DecodeError, FlexServeError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError, MemoryError, FlexServeError) as error:
             raise ChannelBroken(f"the other world sent no valid message: {type(error).__name__}") from None
 
     def take_descriptors(self, count: int) -> list[int]:
@@ -229,3 +229,5 @@ class Channel:
 
     def close(self) -> None:
         self._sock.close()
+        while self._descriptors:  # that nobody asked for
+            os.close(self._descriptors.popleft())

@@ -74,6 +74,7 @@ class SecureWorld:
             hide_from_dumps=configure.hardened,
         )
         self._models: dict[str, SecureModel] = {}
+        self._descriptors: dict[str, list[int]] = {}  # of the models' files
         self._work: queue.SimpleQueue[tuple[Register, list[int]] | tuple[Request, float]] = (
             queue.SimpleQueue()
         )
@@ -148,6 +149,9 @@ class SecureWorld:
                     self._answer(first, second)
             except OSError:
                 return  # the channel is gone; the main thread ends the process
+            except BaseException:
+                self._channel.shut()  # nobody would compute any more: let the normal world start another
+                raise
 
     def _register(self, message: Register, descriptors: list[int]) -> None:
         try:
@@ -182,6 +186,8 @@ class SecureWorld:
             self._models[message.name] = model
         if old is not None:
             old.close()
+            _close(self._descriptors[message.name])
+        self._descriptors[message.name] = descriptors
         return Registered(message.call, model.info, state)
 
     def _answer(self, request: Request, accepted_at: float) -> None:
@@ -205,8 +211,6 @@ class SecureWorld:
             end = Ended(request.id, finished)
         except FlexServeError as error:
             end = failed(error, request=request.id)  # type: ignore[assignment]
-        except OSError:
-            raise
         except Exception as error:  # its text may quote a prompt: the type must do
             end = failed(EngineFailure(f"answering failed: {type(error).__name__}"), request=request.id)  # type: ignore[assignment]
         with self._lock:

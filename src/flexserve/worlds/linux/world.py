@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...core import Event, Finished, ModelInfo, Request, Token, WorldStatus
 from ...errors import (
@@ -54,6 +54,8 @@ from .channel import (
     ToNormal,
 )
 
+_Answer = TypeVar("_Answer")
+
 MAX_IN_FLIGHT = 64
 START_TIMEOUT_S = 120.0  # the passphrase of a key may have to be typed
 CALL_TIMEOUT_S = 300.0
@@ -63,6 +65,14 @@ RESTARTS_IN_A_ROW = 3  # without one answer in between
 
 class _EndedDuringCall(WorldCrashed):
     """`WorldCrashed` for whoever had something in flight, not for who came later."""
+
+
+class _EndedLoading(ModelUnsupported):
+    """`ModelUnsupported` because the process ended, which may have had another reason."""
+
+
+class _NotStarted(EngineFailure):
+    """The process ended before it was ready, and gave no reason."""
 
 
 class LinuxGeneration:
@@ -172,6 +182,7 @@ class LinuxWorld:
         self._failure: FlexServeError | None = None  # why there is no secure world and will be none
         self._sources: dict[str, ModelSource] = {}
         self._refused: dict[str, FlexServeError] = {}  # registered once, but not after a restart
+        self._suspects: set[str] = set()  # the process ended while it loaded them again
         self._answers: dict[str, LinuxGeneration] = {}
         self._calls: dict[int, queue.SimpleQueue[Any]] = {}
         self._numbers = itertools.count(1)
@@ -193,12 +204,17 @@ class LinuxWorld:
         self._thread.start()
 
     def register(self, source: ModelSource) -> ModelInfo:
-        with self._registering:
-            info = self._register(source)
+        while True:
             with self._lock:
-                self._sources[source.name] = source
-                self._refused.pop(source.name, None)
-        return info
+                process = self._running()  # before `_registering`, which a restart needs itself
+            with self._registering:
+                if process is not self._process:
+                    continue  # it was started again meanwhile
+                info = self._register(source, process)
+                with self._lock:
+                    self._sources[source.name] = source
+                    self._refused.pop(source.name, None)
+                return info
 
     def generate(self, request: Request) -> LinuxGeneration:
         generation = LinuxGeneration(request.id, self._cancel)
@@ -213,19 +229,23 @@ class LinuxWorld:
             if len(self._answers) >= MAX_IN_FLIGHT:
                 raise Busy(f"{len(self._answers)} requests are in flight already")
             self._answers[request.id] = generation
-        with contextlib.suppress(OSError):  # the process died: whoever supervises it ends this answer
-            process.channel.send(Generate(request))
+        try:
+            with contextlib.suppress(OSError):  # the process died: whoever supervises it ends this answer
+                process.channel.send(Generate(request))
+        except BaseException as error:  # it cannot be sent at all
+            with self._lock:
+                self._answers.pop(request.id, None)
+            if isinstance(error, UnicodeEncodeError):
+                raise InvalidRequest("the request has half a character (a lone surrogate)") from None
+            raise
         return generation
 
     def recall(self, nbytes: int) -> int:
-        answer = self._call(lambda call: Recall(call, nbytes))
-        assert isinstance(answer, Recalled)
-        return answer.nbytes
+        return self._call(Recalled, lambda call: Recall(call, nbytes)).nbytes
 
     def status(self) -> WorldStatus:
-        answer = self._call(Status)
-        assert isinstance(answer, Reported)
-        return dataclasses.replace(answer.status, restarts=self._restarts)
+        status = self._call(Reported, Status).status
+        return dataclasses.replace(status, restarts=self._restarts)
 
     def close(self) -> None:
         with self._lock:
@@ -260,10 +280,11 @@ class LinuxWorld:
 
     def _call(
         self,
+        kind: type[_Answer],
         make: Callable[[int], Any],
         descriptors: tuple[int, ...] = (),
         process: SecureProcess | None = None,
-    ) -> Any:
+    ) -> _Answer:
         """Send a message and wait for its answer. Raises what the secure world says, or `WorldCrashed`."""
         with self._lock:
             process = process or self._running()
@@ -282,9 +303,11 @@ class LinuxWorld:
                 self._calls.pop(number, None)
         if isinstance(answer, FlexServeError):
             raise answer
+        if not isinstance(answer, kind):
+            raise ChannelBroken(f"the secure world sent {type(answer).__name__} instead of {kind.__name__}")
         return answer
 
-    def _register(self, source: ModelSource, process: SecureProcess | None = None) -> ModelInfo:
+    def _register(self, source: ModelSource, process: SecureProcess) -> ModelInfo:
         descriptors = open_sealed(source.sealed)
         try:
             licence = read_licence(source.licence)
@@ -292,16 +315,16 @@ class LinuxWorld:
             with statefile.locked(path):
                 state = statefile.load(path)
                 answer = self._call(
+                    Registered,
                     lambda call: Register(call, source.name, licence, state, len(descriptors)),
                     tuple(descriptors),
                     process,
                 )
-                assert isinstance(answer, Registered)
                 statefile.store(path, answer.state)
         except _EndedDuringCall as error:
             if self._closing:
                 raise
-            raise ModelUnsupported(
+            raise _EndedLoading(
                 f"the secure world ended while it loaded {source.sealed}: {error.message}"
             ) from error
         finally:
@@ -335,7 +358,7 @@ class LinuxWorld:
             how = process.end()
             if isinstance(answer, Failed):
                 raise answer.error()
-            raise EngineFailure(f"the secure world did not start ({how})")
+            raise _NotStarted(f"the secure world did not start ({how})")
         self._device_key_id = answer.device_key_id
         with self._lock:
             self._process = process
@@ -349,7 +372,7 @@ class LinuxWorld:
             try:
                 while (message := process.channel.receive()) is not None:
                     self._handle(message)
-            except (OSError, ChannelBroken):
+            except Exception:  # noqa: S110 - whatever it sent or did not: it is ended and started again
                 pass
             how = process.end()
             with self._lock:
@@ -362,14 +385,8 @@ class LinuxWorld:
             self._end_all(error)
             if self._closing:
                 return
-            self._restarts += 1
-            self._restarts_in_a_row += 1
             try:
-                if self._restarts_in_a_row > RESTARTS_IN_A_ROW:
-                    raise EngineFailure(
-                        f"the secure world ended {self._restarts_in_a_row} times in a row ({how})"
-                    )
-                self._begin()
+                self._begin_again(how)
             except FlexServeError as failure:
                 with self._lock:
                     self._failure = failure
@@ -379,6 +396,20 @@ class LinuxWorld:
                 target=self._register_again, args=(self._process,), name="register-again", daemon=True
             ).start()
 
+    def _begin_again(self, how: str) -> None:
+        """Start another process; `how` the last one ended. Raises what keeps it from running."""
+        while True:
+            self._restarts += 1
+            self._restarts_in_a_row += 1
+            if self._restarts_in_a_row > RESTARTS_IN_A_ROW:
+                raise EngineFailure(
+                    f"the secure world ended {self._restarts_in_a_row} times in a row ({how})"
+                )
+            try:
+                return self._begin()
+            except _NotStarted as error:  # killed before it was ready, maybe
+                how = error.message
+
     def _register_again(self, process: SecureProcess) -> None:
         """Give the models to a fresh process; requests that arrive meanwhile wait in `_running`."""
         with self._registering:
@@ -387,11 +418,20 @@ class LinuxWorld:
                     continue
                 try:
                     self._register(source, process)
+                except _EndedLoading as error:
+                    # The model's fault or not: it gets a second chance, in the process that comes next.
+                    if name in self._suspects:
+                        with self._lock:
+                            self._refused[name] = error
+                    self._suspects.add(name)
+                    return
                 except FlexServeError as error:
                     if type(error) is WorldCrashed:
                         return  # it ended again, and whoever starts the next one begins anew
                     with self._lock:
                         self._refused[name] = error
+                else:
+                    self._suspects.discard(name)
             with self._lock:
                 self._serving = process is self._process
                 self._lock.notify_all()
