@@ -162,30 +162,34 @@ class Loader:
             staging.close()
 
     def _load_one(self, span: Span, staging: Staging) -> None:
+        placed = None
         try:
             staging.used = True
             took = self._source.fetch(span, staging)
+            with self._lock:  # before compute can go on with it: whoever answers then counts it
+                self._times = replace(
+                    self._times,
+                    load_bytes=self._times.load_bytes + span.length,
+                    read_s=self._times.read_s + took.read_s,
+                    decrypt_s=self._times.decrypt_s + took.decrypt_s,
+                )
             start = time.perf_counter()
             moved = self.arena.place(span, staging.address, movable=True)
+            placed = time.perf_counter()
             if moved:
                 staging.moved()
-            placed = time.perf_counter()
         except FlexServeError as error:
             self._give_up(error)
-            placed = None
         with self._lock:
             self._busy -= 1
             self._begun.pop(span.first, None)
             began = self._waiting.pop(span.first, None)
             if placed is not None:
-                t = self._times
+                waited = placed - began if began is not None else 0.0
                 self._times = replace(
-                    t,
-                    load_bytes=t.load_bytes + span.length,
-                    read_s=t.read_s + took.read_s,
-                    decrypt_s=t.decrypt_s + took.decrypt_s,
-                    place_s=t.place_s + placed - start,
-                    fault_wait_s=t.fault_wait_s + (placed - began if began is not None else 0.0),
+                    self._times,
+                    place_s=self._times.place_s + placed - start,
+                    fault_wait_s=self._times.fault_wait_s + waited,
                 )
             if not self._busy and not self._plan:
                 self._plan_done.notify_all()
