@@ -115,7 +115,9 @@ class Request:
         _check(self.max_tokens is None or 1 <= self.max_tokens <= 1 << 20, "max_tokens", "1 to 1048576")
         _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
         _check(
-            all(1 <= len(s) <= MAX_STOP_CHARS for s in self.stop), "stop", f"1 to {MAX_STOP_CHARS} characters each"
+            all(1 <= len(s) <= MAX_STOP_CHARS for s in self.stop),
+            "stop",
+            f"1 to {MAX_STOP_CHARS} characters each",
         )
 
 

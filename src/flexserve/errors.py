@@ -169,14 +169,18 @@ class VendorNotTrusted(NotAuthentic):
     """The model is signed by a vendor this device does not trust."""
 
     code = "vendor_not_trusted"
-    default_hint = "trust the vendor with `flexserve keys trust vendor.pub`, or for one call with --vendor-pub"
+    default_hint = (
+        "trust the vendor with `flexserve keys trust vendor.pub`, or for one call with --vendor-pub"
+    )
 
 
 class SegmentNotAuthentic(NotAuthentic):
     """A segment failed authentication, or could not be read."""
 
     code = "segment_not_authentic"
-    default_hint = "the sealed file changed or its storage is failing: `flexserve verify` names every bad segment"
+    default_hint = (
+        "the sealed file changed or its storage is failing: `flexserve verify` names every bad segment"
+    )
 
 
 class ModelMalformed(NotAuthentic):
