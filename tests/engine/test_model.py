@@ -11,7 +11,14 @@ import pytest
 
 from flexserve.bench.shapes import shape_named
 from flexserve.core import FinishReason, Message, Sampling, Token
-from flexserve.errors import ContextOverflow, InvalidRequest, SegmentNotAuthentic, TemplateFailure
+from flexserve.engine import model as model_module
+from flexserve.errors import (
+    ContextOverflow,
+    InvalidRequest,
+    ModelUnsupported,
+    SegmentNotAuthentic,
+    TemplateFailure,
+)
 from flexserve.flexmem.arena import Span
 from flexserve.flexmem.source import FetchTimes, Source, Staging
 
@@ -335,6 +342,18 @@ def test_a_recall_takes_what_is_needed_last_first_and_no_more_than_asked_and_a_r
     assert fresh.model.resident_bytes == before - given
     assert fresh.model.recall(EVERYTHING) == before - given
     assert fresh.model.arena.resident_pages() == 0
+
+
+def test_keys_and_values_beyond_the_machine_are_refused_before_they_are_allocated(
+    opener: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = opener.generate(SMALL, "Q8_0")
+    assert opener.open(gguf).model.status().kv_bytes == 3 * 2 * 64 * 2 * 2 * CONTEXT_TOKENS
+    assert model_module.kv_limit_bytes() > 1 << 28
+    monkeypatch.setattr(model_module, "kv_limit_bytes", lambda: 1 << 20)
+    with pytest.raises(ModelUnsupported, match=rf"{CONTEXT_TOKENS} tokens .* 1 MiB .*, .* 1 MiB") as caught:
+        opener.open(gguf)
+    assert "context" in caught.value.hint
 
 
 def test_a_closed_model_gives_nothing_back_and_may_be_closed_again(fresh: Opened) -> None:

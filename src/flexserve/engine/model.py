@@ -7,14 +7,17 @@ the first request brings them in, in execution order, while llama.cpp already co
 from __future__ import annotations
 
 import itertools
+import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..core import Finished, FinishReason, ModelInfo, ModelStatus, Request, Timings, Token
-from ..errors import ContextOverflow, InvalidRequest
+from ..errors import ContextOverflow, InvalidRequest, ModelUnsupported
 from ..flexmem import ggml
 from ..flexmem.arena import Arena, SegmentState
 from ..flexmem.loader import WORKERS, Loader
@@ -95,6 +98,13 @@ class SecureModel:
                 self._model.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS
             )
             _ = self._model.vocab.control_tokens  # made now, not while the first client waits
+            self._kv_bytes = _kv_bytes(header, context_tokens)
+            if self._kv_bytes > kv_limit_bytes():
+                raise ModelUnsupported(
+                    f"{context_tokens} tokens of this model take {self._kv_bytes >> 20} MiB of keys and values, "
+                    f"and this machine allows {kv_limit_bytes() >> 20} MiB",
+                    hint="choose a smaller context",
+                )
             self._context = Context(self._model, ContextOptions(context_tokens, options.threads))
             self._loader = Loader(
                 self.arena,
@@ -351,18 +361,20 @@ def _seed(request: Request) -> int:
     return secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed
 
 
+def kv_limit_bytes() -> int:
+    """What one model's KV cache may take: half of the machine's memory. llama.cpp would ask for any amount, and
+    a few megabytes of narrow weights can declare hundreds of gigabytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def _kv_bytes(header: GGUFHeader, context_tokens: int) -> int:
     """Keys and values in F16 for a full context, for architectures with ordinary attention."""
 
     def number(key: str, default: int) -> int:
         value = header.metadata.get(f"{header.architecture}.{key}", default)
-        if isinstance(value, int):
-            return value
-        return (
-            max((v for v in value if isinstance(v, int)), default=default)
-            if isinstance(value, list)
-            else default
-        )
+        if isinstance(value, np.ndarray):  # one for each layer
+            return int(value.max(initial=0))
+        return value if isinstance(value, int) else default
 
     heads = number("attention.head_count", 0)
     if not heads:
