@@ -61,7 +61,7 @@ def test_an_authentic_bomb_is_refused_as_a_model_fast_and_in_little_memory(
         assert tracemalloc.get_traced_memory()[1] < 32 << 20
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
 
 
 def test_an_honest_model_through_the_same_tool_is_accepted(kit: Kit, flex: Path) -> None:

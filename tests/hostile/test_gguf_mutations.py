@@ -319,7 +319,7 @@ def accepted(data: bytes) -> bool:
     except FlexServeError:
         return False
     finally:
-        assert time.process_time() - start < 1
+        assert time.process_time() - start < 5
     return True
 
 
