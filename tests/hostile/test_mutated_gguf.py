@@ -312,13 +312,13 @@ def test_the_model_that_is_mutated_answers(attacked: Attacked, arch: str) -> Non
     assert attacked.outcomes == {"answered": 3}
 
 
-def test_sixty_mutants_of_a_trusted_vendor_do_no_harm(attacked: Attacked) -> None:
-    run(attacked, range(60))
+def test_two_hundred_mutants_of_a_trusted_vendor_do_no_harm(attacked: Attacked) -> None:
+    run(attacked, range(200))
 
 
 @pytest.mark.slow
-def test_two_hundred_mutants_of_a_trusted_vendor_do_no_harm(attacked: Attacked) -> None:
-    run(attacked, range(60, 260))
+def test_two_thousand_more_mutants_do_no_harm(attacked: Attacked) -> None:
+    run(attacked, range(200, 2200))
 
 
 @pytest.mark.parametrize("number", range(len(TEMPLATES)))
