@@ -259,7 +259,6 @@ class Impostor:
     """In the place of `SecureProcess`: says it is ready, and answers every message as `behave` likes."""
 
     behave: Behaviour = staticmethod(says())
-    made = threading.Event()
 
     def __init__(self, hardened: bool) -> None:
         ours, theirs = socket.socketpair()
@@ -268,7 +267,6 @@ class Impostor:
         self.popen = SimpleNamespace(pid=1, kill=lambda: None)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self.made.set()
 
     def _run(self) -> None:
         self._other.receive()
@@ -361,14 +359,16 @@ def test_a_real_world_recovers_from_a_process_that_was_none(
     with linux_world(device) as world:
         world.register(source)
         monkeypatch.setattr(Impostor, "behave", staticmethod(says(NONSENSE["random"])))
-        monkeypatch.setattr(world_module, "SecureProcess", Impostor)
-        Impostor.made.clear()
+        kinds: list[Any] = [SecureProcess, Impostor]
+        monkeypatch.setattr(
+            world_module,
+            "SecureProcess",
+            lambda hardened: (kinds.pop() if len(kinds) > 1 else kinds[0])(hardened),
+        )
         assert world._process
         real = world._process.popen
         real.kill()
         real.wait()
-        assert Impostor.made.wait(PATIENCE_S)
-        monkeypatch.setattr(world_module, "SecureProcess", SecureProcess)
         generation = world.generate(Request(id="r", model="m", token_ids=(1,), max_tokens=2, ignore_eos=True))
         try:
             *_, last = generation
@@ -377,3 +377,4 @@ def test_a_real_world_recovers_from_a_process_that_was_none(
                 Request(id="s", model="m", token_ids=(1,), max_tokens=2, ignore_eos=True)
             )
         assert isinstance(last, Finished)
+        assert kinds == [SecureProcess]
