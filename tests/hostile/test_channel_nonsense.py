@@ -360,11 +360,11 @@ def test_a_real_world_recovers_from_a_process_that_was_none(
         world.register(source)
         monkeypatch.setattr(Impostor, "behave", staticmethod(says(NONSENSE["random"])))
         kinds: list[Any] = [SecureProcess, Impostor]
-        monkeypatch.setattr(
-            world_module,
-            "SecureProcess",
-            lambda hardened: (kinds.pop() if len(kinds) > 1 else kinds[0])(hardened),
-        )
+
+        def started(hardened: bool) -> Any:
+            return (kinds.pop() if len(kinds) > 1 else SecureProcess)(hardened)
+
+        monkeypatch.setattr(world_module, "SecureProcess", started)
         assert world._process
         real = world._process.popen
         real.kill()
