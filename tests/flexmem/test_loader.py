@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -344,6 +345,28 @@ def test_a_planned_segment_that_never_comes_ends_the_request_too(
     assert touch(address(arena, 5)) == b"\0"
     with pytest.raises(FlexServeError):
         loader.check()
+
+
+def test_a_process_that_was_frozen_is_not_taken_for_silent_storage(
+    impatient: None, loader: Loader, arena: Arena, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.gate.clear()
+    thread = Toucher(address(arena, 5))
+    eventually(lambda: source.fetched)
+    looks: list[float] = []
+    clock = time.perf_counter
+
+    def jumping() -> float:
+        """The clock went on for an hour each time, and nobody ran."""
+        looks.append(clock())
+        return looks[-1] + 3600 * len(looks)
+
+    monkeypatch.setattr(time, "perf_counter", jumping)
+    eventually(lambda: len(looks) > 20)
+    monkeypatch.undo()
+    source.gate.set()
+    assert thread.result() == source.image[arena.span(5).offset :][:1]
+    loader.check()
 
 
 def test_reading_arena_memory_from_a_thread_never_holds_the_interpreter_lock() -> None:

@@ -232,14 +232,19 @@ class Loader:
     def _watch(self) -> None:
         """Poison when the fault handler is dead or a segment does not arrive; serve zeros in its place.
 
-        A thread may wait for a segment that was on its way before, so every load in progress counts.
+        A thread may wait for a segment that was on its way before, so every load in progress counts. Time in
+        which this thread did not run either (a frozen or stopped process) does not.
         """
+        ages: dict[tuple[int, float], float] = {}
+        looked = time.perf_counter()
         while not self._closing:
             select.select([self._stop_read], [], [], WATCH_PERIOD_S)
-            now = time.perf_counter()
+            passed = min(time.perf_counter() - looked, 2 * WATCH_PERIOD_S)
+            looked = time.perf_counter()
             with self._lock:
-                since = {**self._begun, **self._waiting}
-                stuck = [s for s, began in since.items() if now - began > FAULT_TIMEOUT_S]
+                since = [*self._begun.items(), *self._waiting.items()]
+            ages = {load: ages.get(load, 0.0) + passed for load in since}
+            stuck = [index for (index, _), age in ages.items() if age > FAULT_TIMEOUT_S]
             if stuck:
                 self._give_up(
                     EngineFailure(f"segment {stuck[0]} did not arrive within {FAULT_TIMEOUT_S:.0f} s")
