@@ -284,12 +284,6 @@ _NONE_REPLIES = {
     "about": _SKILLS,
     "other": "Sorry, I can't do that. I know alarms, reminders, lights, notifications and messages.",
 }
-_SHORT_REPLIES = {
-    "read_notifications": "Here are your notifications.",
-    "clear_notifications": "Notifications cleared.",
-    "unmute_notifications": "Notifications are back on.",
-    "send_message": "Sending your message.",
-}
 _DAYS = {"daily": "every day", "weekdays": "on weekdays", "weekends": "on weekends"}
 
 
@@ -305,7 +299,7 @@ def _minutes(value: Value) -> str:
 
 
 def reply(call: Call) -> str:
-    """The natural half of the answer. One form per call, and nothing copied: a name is written once, in the call."""
+    """The natural half of the answer. One form per call: greedy decoding has nothing to waver about."""
     tool = str(call["tool"])
     if tool == "set_alarm":
         return f"Alarm set{_when(call).replace(' at ', ' for ', 1)}."
@@ -316,16 +310,24 @@ def reply(call: Call) -> str:
     if tool == "set_reminder":
         soon = f" in {_minutes(call['in_minutes'])}" if "in_minutes" in call else ""
         return f"I'll remind you{_when(call)}{soon}."
+    where = "All lights" if call.get("room") == "all" else f"Lights in {call.get('room')}"
     if tool == "set_lights":
         if "brightness" in call:
-            return f"Lights set to {call['brightness']}%."
+            return f"{where} set to {call['brightness']}%."
         state = {"dim": "dimmed", "bright": "brightened"}.get(str(call.get("state")), str(call.get("state")))
-        return f"Lights {call.get('color', state)}."
+        return f"{where} {call.get('color', state)}."
+    what = "all notifications" if call.get("app") == "all" else f"{call.get('app')} notifications"
+    if tool == "read_notifications":
+        return f"Here are {what}."
+    if tool == "clear_notifications":
+        return f"Cleared {what}."
     if tool == "mute_notifications":
         span = f" for {_minutes(call['minutes'])}" if "minutes" in call else ""
-        return f"Notifications muted{span}{_when(call, 'until').replace(' at ', ' until ', 1)}."
-    if tool in _SHORT_REPLIES:
-        return _SHORT_REPLIES[tool]
+        return f"Muted {what}{span}{_when(call, 'until').replace(' at ', ' until ', 1)}."
+    if tool == "unmute_notifications":
+        return f"Unmuted {what}."
+    if tool == "send_message":
+        return f"Message to {call['to']}."
     raise ValueError(f"{tool!r} has no reply")
 
 

@@ -1,16 +1,12 @@
 """The byte-level BPE tokenizer: trained here, run by llama.cpp as pre-tokenizer `smollm`.
 
-It is made for copying, which is most of what this assistant does. Digits are single tokens. Merges are first
-learned inside words only, so that a name is the same tokens after a space, after a quote and at the start. Last
-come merges of a space with a whole frequent word: ordinary text then has one token per word, and the token
-before a word is another word and not always the same space.
+It is made for copying, which is most of what this assistant does. Digits are single tokens. Merges are learned
+inside words only, so that a word is the same tokens after a space, after a quote and at the start; the space
+before it is a token of its own.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +14,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 PRE_TOKENIZER = "smollm"  # llama.cpp's name for: digits singly, then GPT-2's expression
 SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
-SPACE = "Ġ"  # how byte-level BPE writes a space
 SPECIAL = (END, SYSTEM, USER, ASSISTANT)  # ids 0 to 3
 
 CHAT_TEMPLATE = (
@@ -34,10 +29,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def train(texts: Sequence[str], pieces: int, words: int) -> Tokenizer:
-    """`pieces` tokens inside words (ids 0.. are the special ones, then the 256 bytes), then `words` with a space."""
-    inside = Tokenizer(models.BPE())
-    inside.pre_tokenizer = pre_tokenizers.Sequence(
+def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Ids 0.. are the special tokens, then come the 256 bytes, then what the merges learned from `texts` yield."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\s"), "isolated"),
             pre_tokenizers.Digits(individual_digits=True),
@@ -45,26 +40,17 @@ def train(texts: Sequence[str], pieces: int, words: int) -> Tokenizer:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=pieces,
+        vocab_size=vocab_size,
         special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inside.train_from_iterator(texts, trainer)
-    model = json.loads(inside.to_str())["model"]
-    vocab: dict[str, int] = model["vocab"]
-    merges = [(left, right) for left, right in model["merges"]]
-
-    counts = Counter(word for text in texts for word in re.findall(r"(?<= )[A-Za-z]+(?!\w)", text))
-    frequent = [word for word, _ in counts.most_common() if word in vocab][:words]
-    for word in frequent:
-        merges.append((SPACE, word))
-        vocab[SPACE + word] = len(vocab)
-    if len(vocab) != pieces + words:
-        raise ValueError(f"the text yields {len(vocab)} tokens, not {pieces + words}: give more text")
-
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"the text yields {tokenizer.get_vocab_size()} tokens, not {vocab_size}: give more text"
+        )
+    # The merges are there: from now on cut exactly as llama.cpp does.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

@@ -19,7 +19,7 @@ from .tokenizer import Turn
 from .trainer import Encoded, Plan
 
 ROOT = Path(__file__).parents[1]
-PIECES, WORDS = 1024, 384  # tokens inside words, and frequent words with their space
+VOCAB = 1024
 TOKENIZER_CONVERSATIONS = 40_000
 
 
@@ -55,13 +55,13 @@ def main() -> None:
             print(line, file=log_file, flush=True)
 
         texts = [turn.content for turns in islice(spoken(), TOKENIZER_CONVERSATIONS) for turn in turns]
-        bpe = tokenizer.train(texts, PIECES, WORDS)
+        bpe = tokenizer.train(texts, VOCAB)
         bpe.save(str(args.cache / "tokenizer.json"))
 
         def encoded() -> Iterator[Encoded]:
             return (tokenizer.encode_chat(bpe, turns) for turns in spoken())
 
-        shape = Shape(vocab=PIECES + WORDS)
+        shape = Shape(vocab=VOCAB)
         plan = Plan(steps=args.steps, seed=args.seed)
         model = trainer.train(shape, encoded(), plan, args.cache / "weights.pt", log)
         log(f"trained in {(time.monotonic() - began) / 60:.1f} minutes on {args.threads} threads")

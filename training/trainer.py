@@ -22,12 +22,12 @@ Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are learn
 class Plan:
     """How long and how fast to train; with the seed it fixes the result."""
 
-    steps: int = 2200
+    steps: int = 2400
     batch_tokens: int = 4096
     block_rate: float = 5e-3
     embedding_rate: float = 3e-3
     warmup: int = 50
-    decay: float = 0.8
+    decay: float = 0.7
     weight_decay: float = 0.02
     clip: float = 1.0
     seed: int = 1

@@ -26,6 +26,7 @@ _ADJECTIVES, _PLACES = _LISTS["adjectives"], _LISTS["places"]
 # The two sides of the split share these: they carry the grammar, not what is copied.
 SHARED = frozenset({"colors", "verbs", "verbs to people", "verbs to items", "tails", "adjectives", "places"})
 SHARED |= {"occasions", "news", "onsets"}
+_LISTED = {word.lower() for listed in _LISTS.values() for item in listed for word in item.split()}
 _VOWELS = ["a", "e", "i", "o", "u", "a", "e", "i", "o", "ai", "ee", "ou", "ia", "ya", "oo", "ei"]
 _CODAS = ["", "", "", "n", "r", "s", "l", "m", "t", "k", "d", "x", "nd", "rt", "sh", "ng", "ff", "lls", "ck"]
 
@@ -54,8 +55,13 @@ class Words:
         self._any = _part(sorted(every), held_out)
 
     def invented(self, rng: Random) -> str:
-        """A word that is in no dictionary, lower case."""
-        if rng.random() < 0.15:
+        """A word that is on no list, of either side, lower case."""
+        while (word := self._invent(rng)) in _LISTED:
+            pass
+        return word
+
+    def _invent(self, rng: Random) -> str:
+        if rng.random() < 0.25:
             return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 8)))
         if rng.random() < 0.06:
             return (
