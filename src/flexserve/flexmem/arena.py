@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import groupby
 
-from ..core import PAGE_SIZE, SEGMENT_SIZE
+from ..core import PAGE_SIZE
 from ..errors import FlexServeError
 from ..sealed.format import Region
 from . import uffd
@@ -375,6 +375,3 @@ def _zero_present(address: int, length: int) -> int:
             zeroed += size
         at += size
     return zeroed
-
-
-__all__ = ["SEGMENT_SIZE", "Arena", "Counters", "SegmentState", "Span"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ..sealed_fixtures import SMALL, Kit, make_kit
+from .sealed_fixtures import SMALL, Kit, make_kit
 
 
 @pytest.fixture(scope="session")
