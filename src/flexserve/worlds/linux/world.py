@@ -28,8 +28,6 @@ from ...errors import (
     InvalidRequest,
     ModelNotFound,
     ModelUnsupported,
-    NotFound,
-    StorageFailure,
     WorldCrashed,
 )
 from ...sealed import statefile
@@ -53,13 +51,13 @@ from .channel import (
     Tokens,
     ToNormal,
 )
+from .storage import open_sealed, read_licence
 
 _Answer = TypeVar("_Answer")
 
 MAX_IN_FLIGHT = 64
 START_TIMEOUT_S = 120.0  # the passphrase of a key may have to be typed
 CALL_TIMEOUT_S = 300.0
-MAX_LICENCE_BYTES = 1 << 16
 RESTARTS_IN_A_ROW = 3  # without one answer in between
 
 
@@ -474,30 +472,3 @@ class LinuxWorld:
             inbox = self._calls.get(call)
         if inbox is not None:
             inbox.put(answer)
-
-
-def open_sealed(path: Path) -> list[int]:
-    """Descriptors of a sealed model: through the page cache, and past it where the file system can.
-
-    Raises `NotFound`, `StorageFailure`.
-    """
-    try:
-        descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC)]
-    except FileNotFoundError:
-        raise NotFound(f"there is no file {path}") from None
-    except OSError as error:
-        raise StorageFailure(f"cannot read {path}: {error.strerror}") from error
-    with contextlib.suppress(OSError):
-        descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
-    return descriptors
-
-
-def read_licence(path: Path) -> bytes:
-    """A licence file's content, at most MAX_LICENCE_BYTES. Raises `NotFound`, `StorageFailure`."""
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_LICENCE_BYTES)
-    except FileNotFoundError:
-        raise NotFound(f"there is no licence {path}") from None
-    except OSError as error:
-        raise StorageFailure(f"cannot read {path}: {error.strerror}") from error

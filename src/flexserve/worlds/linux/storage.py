@@ -1,0 +1,38 @@
+"""What the normal side reads for the secure world: ciphertext as descriptors, licences as bytes. Believes neither."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from ...errors import NotFound, StorageFailure
+
+MAX_LICENCE_BYTES = 1 << 16
+
+
+def open_sealed(path: Path) -> list[int]:
+    """Descriptors of a sealed model: through the page cache, and past it where the file system can.
+
+    Raises `NotFound`, `StorageFailure`.
+    """
+    try:
+        descriptors = [os.open(path, os.O_RDONLY | os.O_CLOEXEC)]
+    except FileNotFoundError:
+        raise NotFound(f"there is no file {path}") from None
+    except OSError as error:
+        raise StorageFailure(f"cannot read {path}: {error.strerror}") from error
+    with contextlib.suppress(OSError):
+        descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+    return descriptors
+
+
+def read_licence(path: Path) -> bytes:
+    """A licence file's content, at most MAX_LICENCE_BYTES. Raises `NotFound`, `StorageFailure`."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_LICENCE_BYTES)
+    except FileNotFoundError:
+        raise NotFound(f"there is no licence {path}") from None
+    except OSError as error:
+        raise StorageFailure(f"cannot read {path}: {error.strerror}") from error
