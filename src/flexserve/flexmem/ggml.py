@@ -8,15 +8,18 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import importlib.metadata
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import EngineIncompatible
 from . import uffd
 
 PINNED_BINDING = "0.3.36"
+_redirecting = threading.Lock()
 
 
 class _Api(ctypes.Structure):
@@ -43,8 +46,17 @@ def ggml_base() -> Any:
         ("ggml_init", pointer, [_InitParams]),
         ("ggml_free", None, [pointer]),
         ("ggml_new_tensor_1d", pointer, [pointer, ctypes.c_int, ctypes.c_int64]),
+        ("ggml_new_tensor_4d", pointer, [pointer, ctypes.c_int, *[ctypes.c_int64] * 4]),
         ("ggml_set_name", pointer, [pointer, ctypes.c_char_p]),
         ("ggml_get_data", pointer, [pointer]),
+        ("ggml_get_name", pointer, [pointer]),
+        ("ggml_nbytes", size, [pointer]),
+        ("ggml_version", ctypes.c_char_p, []),
+        ("ggml_commit", ctypes.c_char_p, []),
+        ("ggml_backend_cpu_buffer_type", pointer, []),
+        ("ggml_backend_buft_alloc_buffer", pointer, [pointer, size]),
+        ("ggml_backend_dev_backend_reg", pointer, [pointer]),
+        ("ggml_backend_reg_get_proc_address", pointer, [pointer, ctypes.c_char_p]),
         ("ggml_backend_alloc_ctx_tensors_from_buft", pointer, [pointer, pointer]),
         ("ggml_backend_buffer_get_base", pointer, [pointer]),
         ("ggml_backend_buffer_get_size", size, [pointer]),
@@ -75,10 +87,13 @@ def _native() -> Any:
     pointer, u64 = ctypes.c_void_p, ctypes.c_uint64
     for name, result, arguments in (
         ("flex_type_new", pointer, [ctypes.c_char_p, pointer, ctypes.POINTER(_Api), ctypes.c_size_t]),
-        ("flex_type_place", None, [pointer, ctypes.c_char_p, u64, u64]),
+        ("flex_type_place", None, [pointer, ctypes.c_char_p, ctypes.c_uint32, u64, u64]),
         ("flex_type_sort", None, [pointer]),
         ("flex_type_loaded", None, [pointer]),
         ("flex_type_seen", ctypes.c_size_t, [pointer]),
+        ("flex_type_has_seen", ctypes.c_int, [pointer, ctypes.c_char_p, ctypes.c_uint32]),
+        ("flex_redirect", ctypes.c_int, [pointer, pointer, pointer]),
+        ("flex_redirect_end", None, []),
         ("flex_type_free", ctypes.c_int, [pointer]),
         ("flex_skeleton_open", pointer, [pointer, u64, u64]),
         ("flex_skeleton_close", ctypes.c_int, [pointer]),
@@ -106,6 +121,15 @@ class AbortFlag:
         self._value.value = int(value)
 
 
+class Place(NamedTuple):
+    """Where a tensor goes: bytes in the image. `repacked`: for ggml's repacked kernels (repack.py)."""
+
+    tensor: str
+    image_offset: int
+    length: int
+    repacked: bool = False
+
+
 class ArenaBufferType:
     """A ggml buffer type that puts each named tensor at `base` + its image offset.
 
@@ -113,9 +137,9 @@ class ArenaBufferType:
     `close` it.
     """
 
-    def __init__(self, name: str, base: int, places: Iterable[tuple[str, int, int]]) -> None:
-        """`places`: (tensor name, image offset, bytes). `name` must be unique in this process."""
-        rows = list(places)
+    def __init__(self, name: str, base: int, places: Iterable[Place | tuple[str, int, int]]) -> None:
+        """`name` must be unique in this process. A tuple is a `Place` that is not repacked."""
+        rows = [Place(*place) for place in places]
         api = _Api(
             _address(ggml_base().ggml_backend_buffer_init),
             _address(ggml_base().ggml_get_name),
@@ -127,14 +151,33 @@ class ArenaBufferType:
             raise MemoryError
         self.handle = int(handle)
         self.tensors = len(rows)
-        for tensor, offset, nbytes in rows:
-            _native().flex_type_place(handle, tensor.encode(), offset, nbytes)
+        for tensor, offset, nbytes, repacked in rows:
+            _native().flex_type_place(handle, tensor.encode(), repacked, offset, nbytes)
         _native().flex_type_sort(handle)
 
     def loaded(self) -> int:
         """End the load: from now on this is host memory. Returns how many tensors were placed."""
         _native().flex_type_loaded(self.handle)
         return int(_native().flex_type_seen(self.handle))
+
+    def has_seen(self, tensor: str, *, repacked: bool) -> bool:
+        """Whether llama.cpp asked for this place."""
+        return bool(_native().flex_type_has_seen(self.handle, tensor.encode(), repacked))
+
+    @contextmanager
+    def redirected(self, donor: int) -> Iterator[None]:
+        """Within the block, llama.cpp's own buffer types put weights where this one does.
+
+        For a model in execution layout: llama.cpp then chooses the tensors to repack as it always does. `donor`
+        is a buffer of the repacking type. Nothing else may allocate a ggml buffer meanwhile.
+        """
+        with _redirecting:
+            if _native().flex_redirect(self.handle, ggml_base().ggml_backend_cpu_buffer_type(), donor) != 0:
+                raise AssertionError("two models are loading at once")
+            try:
+                yield
+            finally:
+                _native().flex_redirect_end()
 
     def close(self) -> None:
         """Free it; every buffer of the type must be gone."""
@@ -190,7 +233,7 @@ def self_test() -> None:
     base = ggml_base()
     length = 1 << 16
     address = uffd.reserve(length)
-    buft = ArenaBufferType("flexmem-self-test", address, [("one", 128, 64), ("two", 4096, 32)])
+    buft = ArenaBufferType("flexmem-self-test", address, [Place("one", 128, 64), Place("two", 4096, 32)])
     context = base.ggml_init(_InitParams(1 << 14, None, True))
     try:
         tensors = []

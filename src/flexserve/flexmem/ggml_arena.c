@@ -59,8 +59,9 @@ struct ggml_api {
 
 struct place {
     char name[64];
-    uint64_t offset, nbytes;
+    uint32_t repacked; /* 1: in the layout of ggml's repacked kernels */
     uint32_t seen;
+    uint64_t offset, nbytes;
 };
 
 /* One per model. The type's name must differ from every other's: ggml keeps them in a map by name. */
@@ -74,16 +75,19 @@ struct arena_type {
     struct place *places; /* sorted by name */
 };
 
-/* ggml_backend_buffer, of which we only need the type, behind the interface. */
+/* ggml_backend_buffer, of which we only need what is behind the interface. */
 struct buffer {
     struct buffer_i iface;
     struct buffer_type *type;
+    void *context;
 };
 
-static struct arena_type *of(struct buffer *b) { return (struct arena_type *)b->type; }
+static struct arena_type *of(struct buffer *b) { return b->context; }
 
 static int by_name(const void *a, const void *b) {
-    return strncmp(((const struct place *)a)->name, ((const struct place *)b)->name, 64);
+    const struct place *p = a, *q = b;
+    int order = strncmp(p->name, q->name, 64);
+    return order ? order : (int)p->repacked - (int)q->repacked;
 }
 
 static const char *get_name(struct buffer_type *t) { return ((struct arena_type *)t)->name; }
@@ -95,9 +99,8 @@ static bool is_host(struct buffer_type *t) { return !((struct arena_type *)t)->l
 static void free_buffer(struct buffer *b) { of(b)->buffers--; }
 static void *get_base(struct buffer *b) { return of(b)->base; }
 
-static int init_tensor(struct buffer *b, struct tensor *t) {
-    struct arena_type *a = of(b);
-    struct place key = {0};
+static int place_tensor(struct arena_type *a, struct tensor *t, uint32_t repacked) {
+    struct place key = {.repacked = repacked};
     strncpy(key.name, a->api.tensor_name(t), sizeof key.name - 1);
     struct place *p = bsearch(&key, a->places, a->count, sizeof *p, by_name);
     if (p == NULL || p->nbytes != a->api.tensor_nbytes(t))
@@ -106,6 +109,8 @@ static int init_tensor(struct buffer *b, struct tensor *t) {
     *(void **)((uint8_t *)t + a->api.data_at) = a->base + p->offset;
     return 0;
 }
+
+static int init_tensor(struct buffer *b, struct tensor *t) { return place_tensor(of(b), t, 0); }
 
 static void drop_set(struct buffer *b, struct tensor *t, const void *d, size_t o, size_t n) {
     (void)b, (void)t, (void)d, (void)o, (void)n;
@@ -118,14 +123,66 @@ static void get_tensor(struct buffer *b, const struct tensor *t, void *out, size
     memcpy(out, *(uint8_t *const *)((const uint8_t *)t + of(b)->api.data_at) + offset, n);
 }
 
-static struct buffer *alloc_buffer(struct buffer_type *t, size_t size) {
-    struct arena_type *a = (struct arena_type *)t;
+static struct buffer *buffer_of_type(
+    struct arena_type *a, struct buffer_type *t, int (*init)(struct buffer *, struct tensor *), size_t size) {
     struct buffer_i iface = {
-        .free_buffer = free_buffer, .get_base = get_base, .init_tensor = init_tensor,
+        .free_buffer = free_buffer, .get_base = get_base, .init_tensor = init,
         .memset_tensor = drop_memset, .set_tensor = drop_set, .get_tensor = get_tensor, .clear = drop_clear,
     };
     a->buffers++;
     return a->api.buffer_init(t, iface, a, size);
+}
+
+static struct buffer *alloc_buffer(struct buffer_type *t, size_t size) {
+    return buffer_of_type((struct arena_type *)t, t, init_tensor, size);
+}
+
+/* Execution layout. Here llama.cpp must see its own two buffer types, CPU and CPU_REPACK: it chooses between them
+ * for every use of every tensor, and only buffers of the second one run the repacked kernels. So while such a model
+ * loads, and only then, the two types hand out our memory instead of their own. One model at a time. */
+static struct {
+    struct arena_type *to; /* NULL: not redirected */
+    struct buffer_type *plain, *repack;
+    struct buffer_type_i plain_was, repack_was;
+} redirected;
+static int (*repack_init)(struct buffer *, struct tensor *); /* sets tensor->extra to the kernels */
+
+static int init_repacked(struct buffer *b, struct tensor *t) {
+    int status = place_tensor(of(b), t, 1);
+    return status ? status : repack_init(b, t);
+}
+
+static struct buffer *alloc_plain(struct buffer_type *t, size_t size) {
+    return buffer_of_type(redirected.to, t, init_tensor, size);
+}
+static struct buffer *alloc_repacked(struct buffer_type *t, size_t size) {
+    return buffer_of_type(redirected.to, t, init_repacked, size);
+}
+static bool never_host(struct buffer_type *t) { (void)t; return false; }
+
+/* `donor`: a real buffer of type CPU_REPACK, whose init_tensor we borrow. -1 when another model is loading. */
+int flex_redirect(struct arena_type *a, struct buffer_type *plain, const struct buffer *donor) {
+    if (redirected.to != NULL)
+        return -1;
+    struct buffer_type *repack = donor->type;
+    repack_init = donor->iface.init_tensor;
+    redirected.to = a;
+    redirected.plain = plain;
+    redirected.repack = repack;
+    redirected.plain_was = plain->iface;
+    redirected.repack_was = repack->iface;
+    plain->iface.alloc_buffer = alloc_plain;
+    plain->iface.is_host = never_host;
+    repack->iface.alloc_buffer = alloc_repacked;
+    return 0;
+}
+
+void flex_redirect_end(void) {
+    if (redirected.to == NULL)
+        return;
+    redirected.plain->iface = redirected.plain_was;
+    redirected.repack->iface = redirected.repack_was;
+    redirected.to = NULL;
 }
 
 struct arena_type *flex_type_new(const char *name, void *base, const struct ggml_api *api, size_t count) {
@@ -146,9 +203,10 @@ struct arena_type *flex_type_new(const char *name, void *base, const struct ggml
     return a;
 }
 
-void flex_type_place(struct arena_type *a, const char *tensor, uint64_t offset, uint64_t nbytes) {
+void flex_type_place(struct arena_type *a, const char *tensor, uint32_t repacked, uint64_t offset, uint64_t nbytes) {
     struct place *p = &a->places[a->count++];
     strncpy(p->name, tensor, sizeof p->name - 1);
+    p->repacked = repacked;
     p->offset = offset;
     p->nbytes = nbytes;
 }
@@ -163,6 +221,14 @@ size_t flex_type_seen(const struct arena_type *a) {
     for (size_t i = 0; i < a->count; i++)
         n += a->places[i].seen > 0;
     return n;
+}
+
+/* Whether llama.cpp has given this tensor its place. */
+int flex_type_has_seen(const struct arena_type *a, const char *tensor, uint32_t repacked) {
+    struct place key = {.repacked = repacked};
+    strncpy(key.name, tensor, sizeof key.name - 1);
+    struct place *p = bsearch(&key, a->places, a->count, sizeof *p, by_name);
+    return p != NULL && p->seen > 0;
 }
 
 /* 0, or -1 while ggml still holds buffers of this type. */
