@@ -37,10 +37,14 @@ class _InitParams(ctypes.Structure):  # struct ggml_init_params, public
 
 @cache
 def ggml_base() -> Any:
-    """libggml-base as the llama.cpp binding loaded it, with the prototypes used here."""
+    """ggml as llama.cpp uses it, with the prototypes used here.
+
+    Found through libllama: the wheel has a copy of each library under every name, and `libggml-base.so` would be
+    a second ggml, with buffer types of its own.
+    """
     import llama_cpp
 
-    lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libllama.so"))
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     for name, result, arguments in (
         ("ggml_init", pointer, [_InitParams]),
@@ -55,6 +59,7 @@ def ggml_base() -> Any:
         ("ggml_commit", ctypes.c_char_p, []),
         ("ggml_backend_cpu_buffer_type", pointer, []),
         ("ggml_backend_buft_alloc_buffer", pointer, [pointer, size]),
+        ("ggml_backend_dev_by_type", pointer, [ctypes.c_int]),
         ("ggml_backend_dev_backend_reg", pointer, [pointer]),
         ("ggml_backend_reg_get_proc_address", pointer, [pointer, ctypes.c_char_p]),
         ("ggml_backend_alloc_ctx_tensors_from_buft", pointer, [pointer, pointer]),

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Any
 
 from ..errors import ModelUnsupported
@@ -44,12 +43,7 @@ class Identity:
 @cache
 def _cpu() -> tuple[int, int]:
     """The CPU device and its registry."""
-    import llama_cpp
-
-    lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml.so"))
-    lib.ggml_backend_dev_by_type.restype = ctypes.c_void_p
-    lib.ggml_backend_dev_by_type.argtypes = [ctypes.c_int]
-    device = lib.ggml_backend_dev_by_type(_DEVICE_CPU)
+    device = ggml_base().ggml_backend_dev_by_type(_DEVICE_CPU)
     return device, ggml_base().ggml_backend_dev_backend_reg(device)
 
 
