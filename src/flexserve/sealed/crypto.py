@@ -96,13 +96,18 @@ class SegmentCipher:
 
     __slots__ = ("_aad", "_aead")
 
-    def __init__(self, model_key: bytes, sealing_id: bytes, model_id: bytes, model_version: int) -> None:
-        """`model_id` is the 64-byte field."""
+    def __init__(
+        self,
+        model_key: bytes,
+        sealing_id: bytes,
+        model_id: bytes,
+        model_version: int,
+        magic: bytes = b"FLEXSEAL",
+    ) -> None:
+        """`model_id` is the 64-byte field; `magic` the file's."""
         self._aead = AESGCM(derive(model_key, sealing_id, b"flexserve/v1/segment-key"))
         # The constant part of the associated data, by region kind.
-        self._aad = [
-            struct.pack("<8sII64sQ", b"FLEXSEAL", 1, kind, model_id, model_version) for kind in range(4)
-        ]
+        self._aad = [struct.pack("<8sII64sQ", magic, 1, kind, model_id, model_version) for kind in range(4)]
 
     def encrypt_into(self, kind: int, index: int, plaintext: Buffer, length: int, out: Buffer) -> None:
         """`out` takes ciphertext and tag: `length` + 16 bytes."""

@@ -145,14 +145,26 @@ class Plan:
 
 def plan(meta_bytes: int, embed_bytes: int, body_bytes: int, tensor_count: int) -> Plan:
     """Lay a sealed file out. Writer and reader both compute this; the reader compares."""
+    segments = sum(segment_counts(meta_bytes, embed_bytes, body_bytes))
+    manifest_bytes = HEAD_BYTES + TENSOR_ENTRY_BYTES * tensor_count + SEGMENT_ENTRY_BYTES * segments
+    return plan_data(meta_bytes, embed_bytes, body_bytes, manifest_bytes, SIGNATURE_BYTES)
+
+
+def segment_counts(*lengths: int) -> list[int]:
+    """How many segments META, EMBED and BODY of these lengths have."""
+    return [-(-n // UNIT_BYTES[kind]) for n, kind in zip(lengths, RegionKind, strict=True)]
+
+
+def plan_data(
+    meta_bytes: int, embed_bytes: int, body_bytes: int, manifest_bytes: int, seal_bytes: int
+) -> Plan:
+    """Lay the data out behind a manifest and the `seal_bytes` that authenticate it. A region may be empty."""
     lengths = (meta_bytes, embed_bytes, body_bytes)
-    counts = [-(-n // UNIT_BYTES[kind]) for n, kind in zip(lengths, RegionKind, strict=True)]
-    manifest_bytes = HEAD_BYTES + TENSOR_ENTRY_BYTES * tensor_count + SEGMENT_ENTRY_BYTES * sum(counts)
-    data_offset = offset = round_up(manifest_bytes + SIGNATURE_BYTES, PAGE_SIZE)
+    data_offset = offset = round_up(manifest_bytes + seal_bytes, PAGE_SIZE)
     body_offset = round_up(embed_bytes, SEGMENT_SIZE)
     regions = []
     first = 0
-    for kind, length, count in zip(RegionKind, lengths, counts, strict=True):
+    for kind, length, count in zip(RegionKind, lengths, segment_counts(*lengths), strict=True):
         image_offset = body_offset if kind is RegionKind.BODY else 0
         region = Region(kind, UNIT_BYTES[kind], image_offset, length, offset, first, count)
         regions.append(region)

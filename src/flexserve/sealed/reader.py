@@ -27,6 +27,7 @@ from ..errors import (
 from .crypto import SIGNATURE_BYTES, TAG_BYTES, SegmentCipher, commits_to, id_of
 from .format import (
     PREFIX,
+    SEGMENT_ENTRY_BYTES,
     Manifest,
     Plan,
     Prefix,
@@ -180,16 +181,15 @@ class SealedModel:
         return UnlockedModel(self, model_key)
 
 
-class UnlockedModel:
-    """A sealed model and the key to it. All methods may be called from any thread."""
+class UnlockedImage:
+    """Segments and the key to them. All methods may be called from any thread."""
 
-    def __init__(self, sealed: SealedModel, model_key: bytes) -> None:
-        """Use `SealedModel.unlock`."""
-        m = sealed.manifest
-        self.sealed = sealed
-        self.manifest = m
-        self.segments = sealed.segments
-        self._cipher = SegmentCipher(model_key, m.sealing_id, encode_name(m.model_id), m.model_version)
+    def __init__(self, plan: Plan, table: bytes, entry_bytes: int, cipher: SegmentCipher) -> None:
+        """`table`: authentic entries of `entry_bytes`, one for each segment, which begin with its tag."""
+        self.segments: Sequence[SegmentRef] = SegmentTable(plan)
+        self._table = table
+        self._entry_bytes = entry_bytes
+        self._cipher = cipher
         # (kind, first index after it, its last segment's length, the others'): plain numbers, because a
         # segment of EMBED takes 2 microseconds to decrypt and building a SegmentRef would take as long.
         self._regions = [
@@ -199,7 +199,7 @@ class UnlockedModel:
                 r.padded_bytes - (r.segment_count - 1) * r.unit_bytes,
                 r.unit_bytes,
             )
-            for r in m.plan.regions
+            for r in plan.regions
         ]
 
     def _kind_and_length(self, index: int) -> tuple[int, int]:
@@ -223,7 +223,7 @@ class UnlockedModel:
         kind, length = self._kind_and_length(index)
         if len(ciphertext) != length + TAG_BYTES or len(out) != length:
             raise ValueError(f"segment {index} has {length} bytes: wrong buffers")
-        ciphertext[length:] = self.manifest.tag(index)
+        ciphertext[length:] = self._tag(index)
         try:
             self._cipher.decrypt_into(kind, index, ciphertext, length, out)
         except InvalidTag:
@@ -232,6 +232,22 @@ class UnlockedModel:
             raise SegmentNotAuthentic(
                 f"segment {index} ({segment.kind.name}, file offset {segment.file_offset}) is not authentic"
             ) from None
+
+    def _tag(self, index: int) -> bytes:
+        start = index * self._entry_bytes
+        return self._table[start : start + TAG_BYTES]
+
+
+class UnlockedModel(UnlockedImage):
+    """A sealed model and the key to it."""
+
+    def __init__(self, sealed: SealedModel, model_key: bytes) -> None:
+        """Use `SealedModel.unlock`."""
+        m = sealed.manifest
+        cipher = SegmentCipher(model_key, m.sealing_id, encode_name(m.model_id), m.model_version)
+        super().__init__(m.plan, m.segment_table, SEGMENT_ENTRY_BYTES, cipher)
+        self.sealed = sealed
+        self.manifest = m
 
     def read_region(self, kind: RegionKind) -> bytes:
         """Read, authenticate and decrypt a whole region (META: what others need goes segment by segment).
