@@ -190,6 +190,13 @@ class ModelMalformed(NotAuthentic):
     default_hint = "the vendor sealed a broken model: ask for another version"
 
 
+class DeviceCopyRefused(NotAuthentic):
+    """A device's own copy of a model is damaged, or was made for another device, model, licence, engine or processor."""
+
+    code = "device_copy_refused"
+    default_hint = "make it again with `flexserve optimize`; until then the sealed model itself is used"
+
+
 class NotLicensed(FlexServeError):
     """This device may not use this model."""
 

@@ -2,7 +2,7 @@
 
 A plain llama.cpp gives quantised matrices that its processor has special kernels for another layout of the same
 size when it loads them (buffer type CPU_REPACK). Which ones, and how, depends on the processor and on ggml's
-version: so a device's own copy in this layout names both (`identity`). Knows ggml's functions and plaintext
+version: so a device's own copy in this layout names both (`this_engine`). Knows ggml's functions and plaintext
 weights; knows no file and no key.
 """
 
@@ -14,11 +14,11 @@ import platform
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
 from ..errors import ModelUnsupported
+from ..sealed.device_copy import CPU_BYTES, Engine
 from ..sealed.ggml_types import TENSOR_TYPES
 from .ggml import PINNED_BINDING, _InitParams, ggml_base
 
@@ -29,15 +29,6 @@ _DEVICE_CPU = 0  # enum ggml_backend_dev_type
 
 class _Feature(ctypes.Structure):  # struct ggml_backend_feature, public
     _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_char_p))
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What repacked bytes are good for: the engine, the processor as it sees it, and the layout's fingerprint."""
-
-    engine: str
-    cpu: str
-    layout: bytes  # SHA-256 over what repacking makes of fixed patterns: 32 bytes
 
 
 @cache
@@ -146,8 +137,8 @@ def repacks(ggml_type: int, row_elements: int, rows: int) -> bool:
 
 
 @cache
-def identity() -> Identity:
-    """Of this process's llama.cpp on this machine."""
+def this_engine() -> Engine:
+    """This process's llama.cpp on this machine."""
     base = ggml_base()
     engine = f"llama-cpp-python-{PINNED_BINDING}_ggml-{base.ggml_version().decode()}"
     names = [platform.machine()]
@@ -170,4 +161,4 @@ def identity() -> Identity:
         repacker.repack(memoryview(bytearray(pattern)), memoryview(out))
         repacker.close()
         digest.update(out)
-    return Identity(engine, cpu, digest.digest())
+    return Engine(engine, cpu[:CPU_BYTES], digest.digest())  # the digest has the whole of it
