@@ -10,6 +10,7 @@ import ctypes
 import re
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ import llama_cpp as api
 
 from ..core import Sampling
 from ..errors import EngineFailure, InvalidRequest, ModelUnsupported
-from ..flexmem import ggml
+from ..flexmem import ggml, repack
 from .spans import ControlToken, ControlTokens
 
 BATCH_TOKENS = 512  # llama.cpp's logical and physical batch: batch boundaries matter for bit equality
@@ -69,18 +70,26 @@ class Model:
         self.context_tokens = int(api.llama_model_n_ctx_train(handle))
 
     @classmethod
-    def from_skeleton(cls, header: bytes, size: int, buffer_type: ggml.ArenaBufferType) -> Model:
+    def from_skeleton(
+        cls, header: bytes, size: int, buffer_type: ggml.ArenaBufferType, *, repacked: bool = False
+    ) -> Model:
         """Load a model whose weights arrive later, in the arena behind `buffer_type`.
 
-        `header`: an authentic and validated GGUF header; `size`: the whole GGUF's bytes.
+        `header`: an authentic and validated GGUF header; `size`: the whole GGUF's bytes. `repacked`: the weights
+        are in execution layout; llama.cpp then asks for each tensor in the layout of its choice.
         Raises `ModelUnsupported` with llama.cpp's reason.
         """
         overrides = (_Override * 2)(_Override(b".*", buffer_type.handle), _Override(None, None))
         params = _model_params()
         params.load_mode = api.LLAMA_LOAD_MODE_NONE
-        params.tensor_buft_overrides = ctypes.addressof(overrides)
         _errors.clear()
-        with ggml.Skeleton(header, size) as skeleton:
+        with ExitStack() as stack:
+            if repacked:
+                params.use_extra_bufts = True
+                stack.enter_context(buffer_type.redirected(stack.enter_context(repack.donor())))
+            else:
+                params.tensor_buft_overrides = ctypes.addressof(overrides)
+            skeleton = stack.enter_context(ggml.Skeleton(header, size))
             handle = api.llama_model_load_from_file_ptr(skeleton.file, params)
         if not handle:
             raise ModelUnsupported(f"llama.cpp cannot load this model: {_why()}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ..core import PAGE_SIZE
 from ..errors import DeviceCopyRefused, SealedTruncated, StorageFailure
 from . import format as fmt
 from .crypto import KEY_BYTES, TAG_BYTES, SegmentCipher, derive
@@ -178,11 +179,27 @@ def open_copy(
     )
     same_cpu = made_for.cpu == engine.cpu and made_for.layout_digest == engine.layout_digest
     _require(same_cpu, f"was made for another processor ({made_for.cpu})")
-    sources = sealed.manifest.tensors
-    for tensor in manifest.tensors:
-        known = tensor.source < len(sources) and sources[tensor.source].length == tensor.length
-        _require(known, "has tensors that the model has not")
+    _check_source(manifest, sealed)
     return DeviceCopy(manifest, copy_cipher(device, model_key, manifest.copy_id, sealed))
+
+
+def _check_source(manifest: CopyManifest, sealed: SealedModel) -> None:
+    """Every tensor once, where the sealed model has it; then maybe the embedding again, repacked."""
+    m = sealed.manifest
+    embed_bytes = m.region(RegionKind.EMBED).length
+    of_source, more = manifest.tensors[: len(m.tensors)], manifest.tensors[len(m.tensors) :]
+    found = [(t.source, t.image_offset, t.length) for t in of_source]
+    _require(
+        found == [(i, *extent) for i, extent in enumerate(m.tensors)], "has other tensors than the model"
+    )
+    rows_plain = not any(t.repacked and t.image_offset < embed_bytes for t in of_source)
+    same = manifest.region(RegionKind.EMBED).length == embed_bytes
+    _require(same and rows_plain, "has another embedding than the model")
+    for tensor in more:
+        second = tensor.repacked and tensor.image_offset >= m.plan.image_bytes
+        source = tensor.source < len(m.tensors) and m.tensors[tensor.source]
+        fits = source and source.image_offset < embed_bytes and source.length == tensor.length
+        _require(len(more) == 1 and second and bool(fits), "has a tensor that the model has not")
 
 
 def _read(fd: int, device: DeviceKey) -> CopyManifest:
@@ -197,7 +214,7 @@ def _read(fd: int, device: DeviceKey) -> CopyManifest:
         version, reserved, manifest_bytes, data_offset, file_bytes = struct.unpack_from("<IIQQQ", head, 8)
         _require(version == FORMAT_VERSION and reserved == 0, f"has format version {version}")
         _require(HEAD_BYTES <= manifest_bytes <= fmt.MAX_MANIFEST_BYTES, "has an impossible manifest size")
-        end = fmt.round_up(manifest_bytes + MAC_BYTES, fmt.PAGE_SIZE)
+        end = fmt.round_up(manifest_bytes + MAC_BYTES, PAGE_SIZE)
         _require(data_offset == end <= file_bytes, "has an impossible data offset")
         _require(file_bytes == info.st_size, f"has {info.st_size} bytes and says it has {file_bytes}")
         _require(bytes(head[40:_PREFIX_BYTES]) == device.key_id, "was made by another device")
@@ -226,7 +243,7 @@ def _decode(body: bytes) -> CopyManifest:
     entries = list(_REGION.iter_unpack(body[_HEAD.size : HEAD_BYTES]))
     embed_bytes, body_bytes = (entry[3] for entry in entries)
     for length in (embed_bytes, body_bytes):
-        _require(length <= fmt.MAX_IMAGE_BYTES and length % fmt.PAGE_SIZE == 0, "has impossible regions")
+        _require(length <= fmt.MAX_IMAGE_BYTES and length % PAGE_SIZE == 0, "has impossible regions")
     _require(body_bytes > 0, "has no body")
     plan = plan_copy(embed_bytes, body_bytes, h.tensor_count)
     _require(plan.image_bytes <= fmt.MAX_IMAGE_BYTES, "is too large")
