@@ -16,7 +16,7 @@ from typing import Protocol
 
 from ..core import PAGE_SIZE
 from ..errors import SealedTruncated, SegmentNotAuthentic, StorageFailure
-from ..sealed.reader import UnlockedModel, pread_exact
+from ..sealed.reader import UnlockedImage, pread_exact
 from . import uffd
 from .arena import Span
 from .uffd import libc
@@ -94,9 +94,9 @@ class Source(Protocol):
 
 
 class SealedSource:
-    """Segments of a sealed model. Safe to use from several threads, each with its own staging buffers."""
+    """Segments of a sealed model or a device copy. For several threads, each with its own staging buffers."""
 
-    def __init__(self, model: UnlockedModel, cached: int, direct: int | None) -> None:
+    def __init__(self, model: UnlockedImage, cached: int, direct: int | None) -> None:
         """`cached` and `direct` are descriptors of the same file, the second with O_DIRECT."""
         self._model = model
         self._cached = cached
