@@ -179,8 +179,10 @@ class ModelInfo:
     quantization: str
     parameters: int
     context_tokens: int
-    weight_bytes: int
+    weight_bytes: int  # in the layout in use: a repacked second copy of a tied embedding counts
     has_chat_template: bool
+    execution_layout: bool = False  # from the device's own copy, which needs no repacking
+    layout_hint: str = ""  # why not, in one line; empty when it is, or when nothing is to be gained
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from ..sealed.gguf import GGUFHeader
 from ..sealed.layout import EMBEDDING, rows_to_units
 from ..sealed.reader import UnlockedModel
 from ..sealed.verify import check_inside
+from .layout import CopyFiles, places, would_gain
 from .llama import Context, ContextOptions, Model, Sampler
 from .prompt import prompt_tokens
 from .template import TemplateZygote
@@ -61,8 +62,10 @@ class SecureModel:
         direct: int | None,
         zygote: TemplateZygote,
         options: EngineOptions,
+        copy: CopyFiles | None = None,
     ) -> None:
-        """`cached` and `direct` are descriptors of the sealed file (source.py); the caller closes them.
+        """`cached` and `direct` are descriptors of the sealed file (source.py); the caller closes them. With a
+        `copy`, weights come from there, in execution layout, and everything else from the sealed file.
 
         Raises `NotAuthentic` when META or its content is not what it should be, `ModelUnsupported`.
         """
@@ -73,8 +76,10 @@ class SecureModel:
         manifest = unlocked.manifest
         meta = unlocked.gguf_header()
         header = check_inside(manifest, meta)
-        self._embed, self._body = manifest.region(RegionKind.EMBED), manifest.region(RegionKind.BODY)
-        self._tied = manifest.description.tied_output
+        weights = manifest if copy is None else copy.copy.manifest
+        self._embed, self._body = weights.region(RegionKind.EMBED), weights.region(RegionKind.BODY)
+        # Whether the embedding is the output matrix too. In a copy that is so only while it is not repacked.
+        self._tied = manifest.description.tied_output and len(weights.tensors) == len(manifest.tensors)
         self._embedding = next(t for t in header.tensors if t.name == EMBEDDING)
         template = header.metadata.get("tokenizer.chat_template")
         self._template = template if isinstance(template, str) else None
@@ -91,9 +96,13 @@ class SecureModel:
                 [
                     (tensor.name, extent.image_offset, extent.length)
                     for tensor, extent in zip(header.tensors, manifest.tensors, strict=True)
-                ],
+                ]
+                if copy is None
+                else places(copy.copy.manifest.tensors, header),
             )
-            self._model = Model.from_skeleton(meta, manifest.gguf_bytes, self._buffer_type)
+            self._model = Model.from_skeleton(
+                meta, manifest.gguf_bytes, self._buffer_type, repacked=copy is not None
+            )
             context_tokens = options.context_tokens or min(
                 self._model.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS
             )
@@ -108,7 +117,9 @@ class SecureModel:
             self._context = Context(self._model, ContextOptions(context_tokens, options.threads))
             self._loader = Loader(
                 self.arena,
-                SealedSource(unlocked, cached, direct),
+                SealedSource(unlocked, cached, direct)
+                if copy is None
+                else SealedSource(copy.copy, copy.cached, copy.direct),
                 self._faults,
                 workers=options.load_workers,
                 name=name,
@@ -127,7 +138,9 @@ class SecureModel:
             context_tokens=self._context.context_tokens,
             weight_bytes=self._embed.length + self._body.length,
             has_chat_template=self._template is not None,
+            execution_layout=copy is not None,
         )
+        self.would_gain = copy is None and would_gain(header)
         self._kv_bytes = _kv_bytes(header, self._context.context_tokens)
 
     # Answering
