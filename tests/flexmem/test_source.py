@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flexserve.errors import SegmentNotAuthentic
+from flexserve.flexmem import uffd
 from flexserve.flexmem.arena import Arena, Span
 from flexserve.flexmem.source import SealedSource, Staging
 from flexserve.sealed.gguf import read_header
@@ -85,39 +86,52 @@ def test_plaintext_is_what_the_model_says(opened: Opened, image: bytes, span: Sp
     assert plaintext(opened, opened.source(direct=direct), span) == image[span.offset :][: span.length]
 
 
-def test_a_file_outside_the_page_cache_is_read_past_it(
-    opened: Opened, image: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    descriptors: list[tuple[int, int]] = []
+def evict(opened: Opened) -> None:
+    os.fsync(opened.cached)
+    os.posix_fadvise(opened.cached, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert uffd.cached_bytes(opened.cached, 0, 1 << 30) == 0
+
+
+@pytest.fixture
+def descriptors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The descriptor of every read."""
+    seen: list[int] = []
     preadv: Preadv = os.preadv
 
-    def not_cached(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        descriptors.append((fd, flags))
-        if flags:
-            raise BlockingIOError(errno.EAGAIN, "not cached")
-        return preadv(fd, buffers, offset)
+    def noted(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        seen.append(fd)
+        return preadv(fd, buffers, offset, flags)
 
-    monkeypatch.setattr(os, "preadv", not_cached)
-    assert plaintext(opened, opened.source(), BODY) == image[BODY.offset :][: BODY.length]
-    assert descriptors == [(opened.cached, os.RWF_NOWAIT), (opened.direct, 0)]
+    monkeypatch.setattr(os, "preadv", noted)
+    return seen
 
 
-def test_a_partly_cached_file_is_read_both_ways(
-    opened: Opened, image: bytes, monkeypatch: pytest.MonkeyPatch
+def test_a_cold_file_is_read_past_the_page_cache_and_leaves_it_empty(
+    opened: Opened, image: bytes, descriptors: list[int]
 ) -> None:
-    offsets: list[int] = []
-    preadv: Preadv = os.preadv
-
-    def first_pages(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        if flags and offsets:
-            raise BlockingIOError(errno.EAGAIN, "not cached")
-        offsets.append(offset)
-        return preadv(fd, [buffers[0][:10_000]] if flags else buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", first_pages)
+    evict(opened)
     assert plaintext(opened, opened.source(), BODY) == image[BODY.offset :][: BODY.length]
+    assert descriptors == [opened.direct]
+    assert uffd.cached_bytes(opened.cached, 0, 1 << 30) == 0
+
+
+def test_a_cached_segment_is_read_from_the_page_cache(
+    opened: Opened, image: bytes, descriptors: list[int]
+) -> None:
     start = opened.model.segments[10].file_offset
-    assert offsets == [start, start + 8192]  # whole pages of what was read stay
+    evict(opened)
+    os.pread(opened.cached, BODY.length, start)
+    assert plaintext(opened, opened.source(), BODY) == image[BODY.offset :][: BODY.length]
+    assert descriptors == [opened.cached]
+
+
+def test_a_kernel_that_does_not_tell_what_is_cached_gets_direct_reads(
+    opened: Opened, image: bytes, descriptors: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.pread(opened.cached, 1 << 24, 0)
+    monkeypatch.setattr(uffd, "_SYS_CACHESTAT", 100_000)  # ENOSYS
+    assert plaintext(opened, opened.source(), BODY) == image[BODY.offset :][: BODY.length]
+    assert descriptors == [opened.direct]
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -129,32 +143,11 @@ def test_short_reads_are_continued(
 
     def short(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
         calls.append(fd)
-        if flags:
-            raise BlockingIOError(errno.EAGAIN, "not cached")
         return preadv(fd, [buffers[0][:65536]], offset)
 
     monkeypatch.setattr(os, "preadv", short)
     assert plaintext(opened, opened.source(direct=direct), BODY) == image[BODY.offset :][: BODY.length]
     assert len(calls) > 10
-
-
-def test_a_kernel_without_nowait_is_asked_once(
-    opened: Opened, image: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flagged: list[int] = []
-    preadv: Preadv = os.preadv
-
-    def old(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        if flags:
-            flagged.append(fd)
-            raise OSError(errno.EOPNOTSUPP, "old")
-        return preadv(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", old)
-    source = opened.source()
-    for _ in range(3):
-        assert plaintext(opened, source, EMBED) == image[: EMBED.length]
-    assert len(flagged) == 1
 
 
 def test_direct_reads_that_want_another_alignment_are_given_up(
@@ -164,14 +157,13 @@ def test_direct_reads_that_want_another_alignment_are_given_up(
     tried: list[int] = []
 
     def picky(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        if flags:
-            raise BlockingIOError(errno.EAGAIN, "not cached")
         if fd == opened.direct:
             tried.append(fd)
             raise OSError(errno.EINVAL, "alignment")
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", picky)
+    evict(opened)
     source = opened.source()
     for _ in range(3):
         assert plaintext(opened, source, BODY) == image[BODY.offset :][: BODY.length]

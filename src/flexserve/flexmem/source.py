@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import os
 import time
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..core import PAGE_SIZE
 from ..errors import SealedTruncated, SegmentNotAuthentic, StorageFailure
 from ..sealed.reader import UnlockedImage, pread_exact
 from . import uffd
@@ -101,7 +99,6 @@ class SealedSource:
         self._model = model
         self._cached = cached
         self._direct = direct
-        self._nowait = hasattr(os, "RWF_NOWAIT") and direct is not None
 
     def fetch(self, span: Span, staging: Staging) -> FetchTimes:
         """See `Source.fetch`."""
@@ -123,26 +120,15 @@ class SealedSource:
         return FetchTimes(read - start, time.perf_counter() - read)
 
     def _read(self, offset: int, out: memoryview) -> None:
-        """From the page cache when it is there, otherwise past it: a cold model must not fill the cache."""
+        """From the page cache when all of it is there, otherwise past it: a cold model must not fill the cache.
+
+        Trying with RWF_NOWAIT instead would start the kernel's read-ahead, which does fill it.
+        """
         direct = self._direct
-        if not self._nowait or direct is None:
+        if direct is None or uffd.cached_bytes(self._cached, offset, len(out)) >= len(out):
             pread_exact(self._cached, out, offset)
-            return
-        done = 0
-        try:
-            while done < len(out):
-                count = os.preadv(self._cached, [out[done:]], offset + done, os.RWF_NOWAIT)
-                if count <= 0:
-                    break
-                done += count
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-                raise StorageFailure(f"cannot read the sealed model at {offset}: {error.strerror}") from error
-            if error.errno == errno.EOPNOTSUPP:
-                self._nowait = False
-        done -= done % PAGE_SIZE
-        if done < len(out):
-            self._read_direct(direct, offset + done, out[done:])
+        else:
+            self._read_direct(direct, offset, out)
 
     def _read_direct(self, direct: int, offset: int, out: memoryview) -> None:
         try:

@@ -38,6 +38,7 @@ libc.memset.restype = ctypes.c_void_p
 libc.memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 libc.memmove.restype = ctypes.c_void_p
 
+_SYS_CACHESTAT = 451  # on every architecture, Linux 6.5
 _SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _UFFD_API = 0xAA
 _UFFD_USER_MODE_ONLY = 1
@@ -133,6 +134,15 @@ def resident_pages(address: int, length: int) -> bytearray:
         raise _os_error("mincore")
     del view
     return out.translate(_LOW_BIT)
+
+
+def cached_bytes(fd: int, offset: int, length: int) -> int:
+    """How much of a file's range is in the page cache (cachestat(2)); 0 where the kernel does not tell."""
+    span = ctypes.create_string_buffer(struct.pack("<QQ", offset, length))
+    out = ctypes.create_string_buffer(40)
+    if libc.syscall(_SYS_CACHESTAT, fd, span, out, 0) != 0:
+        return 0
+    return int(struct.unpack_from("<Q", out)[0]) * PAGE_SIZE
 
 
 _LOW_BIT = bytes(i & 1 for i in range(256))
