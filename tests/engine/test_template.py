@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from flexserve.engine.spans import ControlToken, ControlTokens, Span, spans_of
 from flexserve.engine.template import TemplateZygote
 from flexserve.errors import EngineFailure, TemplateFailure
 
+from ..attacker import children
 from .chat_templates import CHATML, CONTROL, GEMMA, LLAMA3, TEMPLATES
 
 BOS, EOS = "<|begin_of_text|>", "<|eot_id|>"
@@ -387,10 +389,37 @@ def test_the_zygote_holds_no_descriptor_but_its_socket_and_cannot_be_traced() ->
             assert sorted(t.split(":")[0] for t in targets) == ["/dev/null"] * 3 + ["socket"]
 
 
-def test_a_killed_zygote_is_a_clear_error_and_not_a_hang() -> None:
+def kill(pid: int) -> None:
+    end = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(end)
+
+
+def wait_for(pidfd: int) -> None:
+    """Until the process has ended."""
+    assert select.select([pidfd], [], [], 30)[0]
+    os.close(pidfd)
+
+
+def test_a_dead_zygote_is_replaced_and_only_what_it_was_doing_fails() -> None:
     with TemplateZygote() as started:
         assert started.render(CHATML, [Message("user", "x")], bos="", eos="")
+        for _ in range(3):
+            (first,) = children(started.pid)
+            kill(first)
+            spans = started.render(CHATML, [Message("user", "x")], bos="", eos="")
+            assert spans[1].text == "x"
+            (second,) = children(started.pid)
+            assert second != first
+
+
+def test_a_killed_nursery_is_a_clear_error_and_not_a_hang() -> None:
+    with TemplateZygote() as started:
+        assert started.render(CHATML, [Message("user", "x")], bos="", eos="")
+        (zygote,) = children(started.pid)
+        end = os.pidfd_open(zygote)
         os.kill(started.pid, signal.SIGKILL)
+        wait_for(end)  # it does not outlive the nursery
         for _ in range(2):
             with pytest.raises(EngineFailure, match="template process has ended"):
                 started.render(CHATML, [Message("user", "x")], bos="", eos="")

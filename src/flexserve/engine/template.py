@@ -4,7 +4,7 @@ A template is a program that came with the model. It runs in a child of the *zyg
 keys, threads and llama.cpp exist: so neither ever holds a secret but the one conversation being rendered.
 Both are not dumpable, leave no core, and have no descriptor but the socket to their client. A child may use
 2 s of time, 2 s of CPU, 512 MiB, and no file at all; it answers once and ends. The zygote keeps compiled
-templates, each compiled in a limited child first.
+templates, each compiled in a limited child first. Its parent, the *nursery*, forks another when it dies.
 
 Which limit was exceeded is in the `TemplateFailure`. How client text is kept from becoming control tokens:
 marked.py and spans.py.
@@ -47,7 +47,9 @@ _RETRY_S = 30.0  # a template that failed may have met a busy machine
 class TemplateZygote:
     """Renders chat templates. Start it first thing in the process; `render` may be called from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, confine: template_process.Confine | None = None) -> None:
+        """`confine`: what the processes do to themselves besides."""
+        self._confine = confine or template_process.Confine()
         self._socket: socket.socket | None = None
         self._pid = 0
         self._lock = threading.Lock()
@@ -55,7 +57,7 @@ class TemplateZygote:
         self._known: OrderedDict[bytes, tuple[float, str | None]] = OrderedDict()
 
     def start(self) -> None:
-        """Fork the zygote. Call it before there are threads, keys or a loaded model.
+        """Fork the nursery. Call it before there are threads, keys or a loaded model.
 
         Raises `EngineFailure`.
         """
@@ -64,7 +66,7 @@ class TemplateZygote:
         if pid == 0:
             try:
                 ours.close()
-                template_process.zygote(theirs)
+                template_process.nursery(theirs, self._confine)
             finally:
                 os._exit(1)
         theirs.close()

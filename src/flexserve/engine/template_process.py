@@ -1,4 +1,5 @@
-"""The zygote of chat templates and its children: what runs on the other side of template.py's sockets."""
+"""What runs on the other side of template.py's sockets: a nursery, which forks zygotes, which fork a child for each
+template. Knows limits and Jinja; what else confines a process is given by who starts it (`Confine`)."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2.environment import Template
@@ -30,26 +31,79 @@ MAX_OUTPUT_CHARS = 8 << 20
 MAX_REQUEST_BYTES = 64 << 20  # 4 Mi characters, each up to 6 bytes in JSON, and many messages
 COMPILED_TEMPLATES = 16
 
+MAX_DEATHS = 5  # of zygotes within a second: then something is broken for good
+
 for _codec in ("unicode-escape", "utf-16-le"):  # Python imports codecs from files when first used
     codecs.lookup(_codec)
 
+
+def _nothing() -> None:
+    """Confine nothing further."""
+
+
+@dataclass(frozen=True)
+class Confine:
+    """What each kind of process does to itself when it has all it needs."""
+
+    nursery: Callable[[], None] = _nothing
+    zygote: Callable[[], None] = _nothing
+    template: Callable[[], None] = _nothing
+
+
 _LENGTH = struct.Struct("<I")
-_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 1, 4, 38
 _SAMPLE = "{% for m in messages %}{{ m.role + m['content'] | trim ~ '' }}{% endfor %}{{ messages | tojson }}"
 
 
-def zygote(control: socket.socket) -> NoReturn:
-    """Serve requests until the other end is closed. Never returns; runs in the freshly forked process."""
+def nursery(control: socket.socket, confine: Confine) -> NoReturn:
+    """Fork a zygote, and another when one dies, until the other end is closed. Never returns; runs in the freshly
+    forked process.
+
+    A process of its own, since who uses templates has secrets by then, and a fork of it would too.
+    """
     gc.freeze()  # nothing of the process we were is ever finalised: it may own descriptors by number
     environment = template_env.TemplateEnvironment()
     try:
         _drop_everything(control.fileno())
         _warm_up(environment)
-        control.send(b"ready")
+        confine.nursery()
     except Exception as error:
         control.send(str(error).encode()[:200])
         os._exit(2)
     gc.freeze()  # children then do not copy the pages of our objects
+    deaths: list[float] = []
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _zygote(control, environment, confine, is_first=not deaths)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        deaths = [*deaths[-MAX_DEATHS:], time.monotonic()]
+        ended = os.WIFEXITED(status) and os.WEXITSTATUS(status) in (0, 2)
+        if ended or (len(deaths) > MAX_DEATHS and deaths[-1] - deaths[0] < 1.0):
+            os._exit(0)
+
+
+def _zygote(
+    control: socket.socket, environment: template_env.TemplateEnvironment, confine: Confine, *, is_first: bool
+) -> NoReturn:
+    """Serve requests until the other end is closed."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # nobody would start another
+        size = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)  # afterwards no file can be opened
+        confine.zygote()
+        if is_first:
+            control.send(b"ready")
+    except Exception as error:
+        control.send(str(error).encode()[:200])
+        os._exit(2)
+
+    def limited() -> None:
+        _limit(size)
+        confine.template()
+
     compiled: OrderedDict[bytes, Template] = OrderedDict()
     children: dict[int, float] = {}
     control.settimeout(1.0)
@@ -67,12 +121,12 @@ def zygote(control: socket.socket) -> NoReturn:
         connection = socket.socket(fileno=descriptors[0])
         digest = message[1:]
         if message[:1] == b"P":
-            _prepare(connection, environment, compiled, digest)
+            _prepare(connection, environment, compiled, digest, limited)
         else:
             template = compiled.get(digest)
             if template is not None:
                 compiled.move_to_end(digest)
-            pid = _fork(connection, control, partial(_render, template=template))
+            pid = _fork(connection, control, partial(_render, template=template), limited)
             children[pid] = time.monotonic()
         connection.close()
 
@@ -129,9 +183,12 @@ def _reap(children: dict[int, float]) -> None:
 
 
 def _fork(
-    connection: socket.socket, control: socket.socket | None, work: Callable[[socket.socket], dict[str, Any]]
+    connection: socket.socket,
+    control: socket.socket | None,
+    work: Callable[[socket.socket], dict[str, Any]],
+    limit: Callable[[], None],
 ) -> int:
-    """Do `work` in a limited child, which sends what it returns."""
+    """Do `work` in a child that calls `limit` first, and sends what it returns."""
     pid = os.fork()
     if pid:
         return pid
@@ -139,7 +196,7 @@ def _fork(
     try:
         if control is not None:
             control.close()
-        _limit()
+        limit()
         try:
             answer = work(connection)
         except MemoryError:
@@ -154,9 +211,10 @@ def _fork(
         os._exit(code)
 
 
-def _limit() -> None:
+def _limit(statm: int) -> None:
+    """`statm`: a descriptor of the zygote's /proc/PID/statm, whose size a fresh child has too."""
     signal.setitimer(signal.ITIMER_REAL, WALL_LIMIT_S)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(os.pread(statm, 64, 0).split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT, used + MEMORY_LIMIT))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -169,6 +227,7 @@ def _prepare(
     environment: template_env.TemplateEnvironment,
     compiled: OrderedDict[bytes, Template],
     digest: bytes,
+    limit: Callable[[], None],
 ) -> None:
     """Compile a template, in a child first: what ended well there under limits may be repeated here."""
     try:
@@ -183,7 +242,7 @@ def _prepare(
 
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        pid = _fork(theirs, None, trial)
+        pid = _fork(theirs, None, trial, limit)
         os.waitpid(pid, 0)
         theirs.close()
         try:

@@ -1,4 +1,5 @@
-"""Start-up of the secure process, in the order that matters: harden, fork the template process, then load the rest."""
+"""Start-up of the secure process, in the order that matters: harden, fork the template nursery, load the rest,
+read the keys, confine."""
 
 from __future__ import annotations
 
@@ -8,7 +9,19 @@ import socket
 import sys
 
 from ...engine.template import TemplateZygote
-from .hardening import clean_environment, close_other_descriptors, harden
+from ...engine.template_process import Confine
+from ...errors import EngineFailure
+from .channel import Channel, ChannelBroken, Measures, ToSecure, failed
+from .hardening import (
+    clean_environment,
+    close_other_descriptors,
+    confine,
+    confine_nursery,
+    confine_template,
+    confine_zygote,
+    harden,
+)
+from .users import free_user, may_change_user
 
 INSECURE = "--insecure-no-hardening"
 
@@ -20,23 +33,36 @@ def main() -> None:
     )  # Ctrl-C is for the normal world, which then closes the channel
     fd = int(sys.argv[1])
     close_other_descriptors(fd)
-    if INSECURE not in sys.argv[2:]:
-        harden()
-    clean_environment()
-    zygote = TemplateZygote()
-    zygote.start()  # forks: before there are threads, keys or plaintext
-    # Only now: these load numpy and llama.cpp.
-    from .channel import Channel, ChannelBroken, ToSecure
-    from .secure import serve
-
+    channel = Channel(socket.socket(fileno=fd), ToSecure)
     status = 0
     try:
-        serve(Channel(socket.socket(fileno=fd), ToSecure), zygote)
-    except (ChannelBroken, OSError):
+        _run(channel, hardened=INSECURE not in sys.argv[2:])
+    except EngineFailure as error:
+        if not isinstance(error, ChannelBroken):
+            channel.send(failed(error, call=0))
         status = 70
+    except OSError:
+        status = 70
+    os._exit(status)  # compute may be in the middle of a decode: nothing of it is needed any more
+
+
+def _run(channel: Channel, *, hardened: bool) -> None:
+    if hardened:
+        harden()
+    user = free_user() if hardened and may_change_user() else None
+    clean_environment()
+    if hardened:
+        zygote = TemplateZygote(Confine(lambda: confine_nursery(user), confine_zygote, confine_template))
+    else:
+        zygote = TemplateZygote()
+    zygote.start()  # forks: before there are threads, keys or plaintext
+    try:
+        # Only now: it loads numpy and llama.cpp.
+        from .secure import serve
+
+        serve(channel, zygote, lambda: confine(user) if hardened else Measures())
     finally:
         zygote.close()
-    os._exit(status)  # compute may be in the middle of a decode: nothing of it is needed any more
 
 
 if __name__ == "__main__":

@@ -85,11 +85,20 @@ class Status(_Message):
 # Secure world to normal world
 
 
+class Measures(_Message):
+    """What the secure process did to itself, as far as it cannot be seen from outside (doctor)."""
+
+    landlock: int = 0  # the kernel's version of it; 0: not used
+    file_refused: bool = False  # opening a file was tried, in vain
+    memory_locked: bool = False  # none of its pages is ever swapped
+
+
 class Ready(_Message):
     """The answer to `Configure`."""
 
     device_key_id: bytes
     flexmem: str
+    measures: Measures = msgspec.field(default_factory=Measures)
 
 
 class Registered(_Message):

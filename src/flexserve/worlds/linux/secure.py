@@ -14,8 +14,11 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+
+# Imported when first used, when no file can be opened any more.
+from cryptography.hazmat.backends.openssl import backend as _backend  # noqa: F401
 
 from ...core import Finished, FinishReason, Request, Timings, Token, WorldStatus
 from ...engine import llama
@@ -35,6 +38,7 @@ from .channel import (
     Configure,
     Ended,
     Generate,
+    Measures,
     Ready,
     Recall,
     Recalled,
@@ -51,14 +55,21 @@ from .channel import (
 class SecureWorld:
     """The process's state. Made after `Configure`."""
 
-    def __init__(self, channel: Channel, configure: Configure, zygote: TemplateZygote) -> None:
-        """Raises `KeyProblem`, `EngineIncompatible`."""
+    def __init__(
+        self,
+        channel: Channel,
+        configure: Configure,
+        zygote: TemplateZygote,
+        confine: Callable[[], Measures],
+    ) -> None:
+        """`confine` is called when nothing needs a file any more. Raises `KeyProblem`, `EngineIncompatible`."""
         self._channel = channel
         self._zygote = zygote
         self._started = time.perf_counter()
         self.device = _device_key(configure)
         self._trusted = _trusted(configure)
         llama.start()
+        self.measures = confine()
         self.flexmem = "userfaultfd"
         if configure.on_demand:
             try:
@@ -248,16 +259,16 @@ def _trusted(configure: Configure) -> Collection[VendorPublicKey]:
     return TrustStore(Path(configure.trust_dir)).vendors()
 
 
-def serve(channel: Channel, zygote: TemplateZygote) -> None:
+def serve(channel: Channel, zygote: TemplateZygote, confine: Callable[[], Measures]) -> None:
     """Be the secure world until the channel closes. Raises `ChannelBroken`, `OSError`."""
     configure = channel.receive()
     if not isinstance(configure, Configure):
         raise ChannelBroken("the first message must configure the secure world")
     try:
-        world = SecureWorld(channel, configure, zygote)
+        world = SecureWorld(channel, configure, zygote, confine)
     except FlexServeError as error:
         channel.send(failed(error, call=0))
         return
-    channel.send(Ready(world.device.key_id, world.flexmem))
+    channel.send(Ready(world.device.key_id, world.flexmem, world.measures))
     while (message := channel.receive()) is not None:
         world.handle(message)

@@ -108,7 +108,9 @@ class SecureProcess:
     def __init__(self, hardened: bool, leaked: tuple[int, ...] = ()) -> None:
         """`leaked`: descriptors it inherits by mistake, for doctor and tests."""
         ours, theirs = socket.socketpair()
-        arguments = [sys.executable, "-I", "-m", "flexserve.worlds.linux", str(theirs.fileno())]
+        # -S: site is loaded by launch.py. -B: it writes no file, compiled modules neither.
+        launch = Path(__file__).with_name("launch.py")
+        arguments = [sys.executable, "-I", "-S", "-B", str(launch), str(theirs.fileno())]
         environment = {"GGML_NO_BACKTRACE": "1"}  # or an abort would start a debugger
         if "CREDENTIALS_DIRECTORY" in os.environ:
             environment["CREDENTIALS_DIRECTORY"] = os.environ["CREDENTIALS_DIRECTORY"]
