@@ -96,7 +96,7 @@ def _lock_memory() -> bool:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
     except (ValueError, OSError):  # not root, and no unit that allows it
         return False
-    return _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) == 0
+    return bool(_libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) == 0)
 
 
 def _file_refused() -> bool:

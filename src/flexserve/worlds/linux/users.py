@@ -35,7 +35,7 @@ def status(pid: int | str) -> dict[str, str]:
 
 def free_user() -> int:
     """A user number that no account and no process has."""
-    used = set()
+    used: set[int] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
