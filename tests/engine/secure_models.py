@@ -109,12 +109,16 @@ class Trace:
 
 
 class Plain:
-    """llama.cpp by itself, from the plain file: no repacking, the same threads and batches."""
+    """llama.cpp by itself, from the plain file: the same threads and batches, no repacking unless asked for."""
 
     def __init__(
-        self, gguf: Path, load_mode: int = llama_cpp.LLAMA_LOAD_MODE_NONE, threads: int = THREADS
+        self,
+        gguf: Path,
+        load_mode: int = llama_cpp.LLAMA_LOAD_MODE_NONE,
+        threads: int = THREADS,
+        repack: bool = False,
     ) -> None:
-        self.model = Model.from_file(gguf, load_mode=load_mode, repack=False)
+        self.model = Model.from_file(gguf, load_mode=load_mode, repack=repack)
         self._context = Context(self.model, ContextOptions(CONTEXT_TOKENS, threads))
 
     def greedy(self, prompt: Sequence[int], count: int) -> Trace:
