@@ -20,7 +20,7 @@ from ..core import Finished, FinishReason, ModelInfo, ModelStatus, Request, Timi
 from ..errors import ContextOverflow, InvalidRequest, ModelUnsupported
 from ..flexmem import ggml
 from ..flexmem.arena import Arena, SegmentState
-from ..flexmem.loader import WORKERS, Loader
+from ..flexmem.loader import WORKERS, Loader, SpanTrace
 from ..flexmem.source import SealedSource
 from ..flexmem.uffd import Userfaultfd
 from ..framework.order import Range, load_order
@@ -48,6 +48,7 @@ class EngineOptions:
     load_workers: int = WORKERS
     on_demand: bool = True  # False: no userfaultfd; everything is loaded before compute starts
     hide_from_dumps: bool = True
+    trace: Callable[[SpanTrace], None] | None = None  # for measuring only (loader.py)
 
 
 class SecureModel:
@@ -123,6 +124,7 @@ class SecureModel:
                 self._faults,
                 workers=options.load_workers,
                 name=name,
+                trace=options.trace,
             )
         except BaseException:
             self.close()

@@ -16,7 +16,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 
 from ..errors import EngineFailure, FlexServeError
@@ -47,6 +47,20 @@ class LoadTimes:
         return LoadTimes(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
 
 
+@dataclass(frozen=True)
+class SpanTrace:
+    """When one span went through its stages, for `flexserve bench cold-start --plot`: time.perf_counter()."""
+
+    worker: int  # native id of the thread
+    first: int
+    length: int
+    begun: float
+    read: float
+    decrypted: float
+    place_begun: float
+    placed: float
+
+
 class Loader:
     """Fills one arena from one source. All methods may be called from any thread."""
 
@@ -58,8 +72,11 @@ class Loader:
         *,
         workers: int = WORKERS,
         name: str = "model",
+        trace: Callable[[SpanTrace], None] | None = None,
     ) -> None:
+        """`trace` is called by the workers, for each span that was placed."""
         self.arena = arena
+        self._trace = trace
         self._source = source
         self._faults = faults
         self._lock = threading.Lock()
@@ -165,6 +182,7 @@ class Loader:
         placed = None
         try:
             staging.used = True
+            begun = time.perf_counter()
             took = self._source.fetch(span, staging)
             with self._lock:  # before compute can go on with it: whoever answers then counts it
                 self._times = replace(
@@ -178,6 +196,10 @@ class Loader:
             placed = time.perf_counter()
             if moved:
                 staging.moved()
+            if self._trace is not None:
+                read = begun + took.read_s
+                stages = (begun, read, read + took.decrypt_s, start, placed)
+                self._trace(SpanTrace(threading.get_native_id(), span.first, span.length, *stages))
         except FlexServeError as error:
             self._give_up(error)
         with self._lock:
