@@ -186,6 +186,23 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class DeviceCopyInfo:
+    """What `flexserve optimize` made: a model's weights in execution layout; bytes."""
+
+    model_id: str
+    model_version: int
+    licence_serial: int
+    file_bytes: int
+    weight_bytes: int
+    repacked_bytes: int
+    second_output_bytes: int  # a tied output matrix, repacked, beside the embedding; 0: there is none
+    tensors: int
+    repacked_tensors: int
+    engine: str
+    cpu: str
+
+
+@dataclass(frozen=True)
 class ModelStatus:
     """A model's memory right now, in bytes."""
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core import PAGE_SIZE
+from ..core import PAGE_SIZE, DeviceCopyInfo
 from ..errors import ModelMalformed, ModelUnsupported, Usage
 from ..flexmem import ggml, repack, uffd
 from ..sealed.copying import CHUNK_BYTES, CheckedImage, CopyWriter, PrivateBuffer, Progress, write_file
@@ -55,6 +55,25 @@ def would_gain(header: GGUFHeader) -> bool:
     matrices = [t for t in header.tensors if len(t.shape) > 1 and t.name != EMBEDDING]
     gaining = [t for t in matrices if repack.repacks(t.type, t.shape[0], t.rows)]
     return 4 * sum(t.nbytes for t in gaining) > sum(t.nbytes for t in matrices)
+
+
+def copy_info(sealed: SealedModel, manifest: CopyManifest) -> DeviceCopyInfo:
+    """What may be said about a copy to the normal world."""
+    repacked = [t for t in manifest.tensors if t.repacked]
+    second = manifest.tensors[len(sealed.manifest.tensors) :]
+    return DeviceCopyInfo(
+        model_id=sealed.manifest.model_id,
+        model_version=sealed.manifest.model_version,
+        licence_serial=manifest.licence_serial,
+        file_bytes=manifest.plan.file_bytes,
+        weight_bytes=sum(r.length for r in manifest.plan.regions),
+        repacked_bytes=sum(t.length for t in repacked),
+        second_output_bytes=sum(t.length for t in second),
+        tensors=len(sealed.manifest.tensors),
+        repacked_tensors=len(repacked),
+        engine=manifest.made_for.engine,
+        cpu=manifest.made_for.cpu,
+    )
 
 
 def make_copy(

@@ -15,11 +15,16 @@ from ..core import Event, ModelInfo, Request, WorldStatus
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A sealed model and its licence, as the normal world's storage holds them: ciphertext and no key."""
+    """A sealed model and its licence, as the normal world's storage holds them: ciphertext and no key.
+
+    `copy`: the device's own copy in execution layout; None: the one beside the sealed model, where there is one.
+    """
 
     name: str
     sealed: Path
     licence: Path
+    copy: Path | None = None
+    use_copy: bool = True
 
 
 class Generation(Protocol):

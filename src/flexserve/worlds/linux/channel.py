@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ...core import Finished, ModelInfo, Request, WorldStatus
+from ...core import DeviceCopyInfo, Finished, ModelInfo, Request, WorldStatus
 from ...errors import EngineFailure, FlexServeError, by_code
 
 MAX_FRAME = 64 << 20
@@ -48,13 +48,23 @@ class Configure(_Message):
 
 
 class Register(_Message):
-    """Make a model ready. Descriptors: the sealed file through the page cache and, maybe, past it."""
+    """Make a model ready. Descriptors: the sealed file through the page cache and, maybe, past it; then the same of
+    the device's own copy: none where there is no such file. None: do not speak of copies."""
 
     call: int
     name: Text
     licence: bytes
     state: bytes | None
     descriptors: int
+    copy_descriptors: int | None = None
+
+
+class Optimize(_Message):
+    """Make the device's own copy of a model. Descriptors: the sealed file, and an empty one for the copy."""
+
+    call: int
+    licence: bytes
+    state: bytes | None
 
 
 class Generate(_Message):
@@ -109,6 +119,22 @@ class Registered(_Message):
     state: bytes
 
 
+class Progressed(_Message):
+    """So much of a call is done; its answer is still to come."""
+
+    call: int
+    done: int
+    total: int
+
+
+class Optimized(_Message):
+    """The answer to `Optimize`; `state` is to be stored."""
+
+    call: int
+    copy: DeviceCopyInfo
+    state: bytes
+
+
 class Tokens(_Message):
     """One token of an answer."""
 
@@ -152,8 +178,8 @@ class Reported(_Message):
     status: WorldStatus
 
 
-ToSecure = Configure | Register | Generate | Cancel | Recall | Status
-ToNormal = Ready | Registered | Tokens | Ended | Failed | Recalled | Reported
+ToSecure = Configure | Register | Optimize | Generate | Cancel | Recall | Status
+ToNormal = Ready | Registered | Progressed | Optimized | Tokens | Ended | Failed | Recalled | Reported
 
 
 def failed(error: FlexServeError, *, request: str | None = None, call: int | None = None) -> Failed:

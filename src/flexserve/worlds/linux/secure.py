@@ -10,6 +10,7 @@ as descriptors, licences and the device state as bytes; it opens no other file. 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import queue
 import threading
@@ -22,13 +23,16 @@ from cryptography.hazmat.backends.openssl import backend as _backend  # noqa: F4
 
 from ...core import Finished, FinishReason, Request, Timings, Token, WorldStatus
 from ...engine import llama
+from ...engine.layout import CopyFiles, copy_info, make_copy
 from ...engine.model import EngineOptions, SecureModel
 from ...engine.template import TemplateZygote
-from ...errors import EngineFailure, FlexServeError, ModelNotFound
+from ...errors import DeviceCopyRefused, EngineFailure, FlexServeError, ModelNotFound, ModelUnsupported
+from ...flexmem import repack
 from ...flexmem.uffd import UffdDeniedError, Userfaultfd
+from ...sealed.device_copy import open_copy
 from ...sealed.keyfile import load_device_key, read_passphrase_file
 from ...sealed.keys import DeviceKey, VendorPublicKey
-from ...sealed.licence import open_licence
+from ...sealed.licence import Licence, open_licence
 from ...sealed.reader import SealedModel
 from ...sealed.trust import TrustStore, read_public_key
 from .channel import (
@@ -37,8 +41,12 @@ from .channel import (
     ChannelBroken,
     Configure,
     Ended,
+    Failed,
     Generate,
     Measures,
+    Optimize,
+    Optimized,
+    Progressed,
     Ready,
     Recall,
     Recalled,
@@ -50,6 +58,8 @@ from .channel import (
     ToSecure,
     failed,
 )
+
+PROGRESS_PERIOD_S = 0.1
 
 
 class SecureWorld:
@@ -86,7 +96,7 @@ class SecureWorld:
         )
         self._models: dict[str, SecureModel] = {}
         self._descriptors: dict[str, list[int]] = {}  # of the models' files
-        self._work: queue.SimpleQueue[tuple[Register, list[int]] | tuple[Request, float]] = (
+        self._work: queue.SimpleQueue[tuple[Register | Optimize, list[int]] | tuple[Request, float]] = (
             queue.SimpleQueue()
         )
         self._lock = threading.Lock()
@@ -103,7 +113,11 @@ class SecureWorld:
         """Act on one message. Raises `ChannelBroken` for one that makes no sense here."""
         match message:
             case Register():
-                self._work.put((message, self._channel.take_descriptors(message.descriptors)))
+                descriptors = self._channel.take_descriptors(message.descriptors)
+                descriptors += self._channel.take_descriptors(message.copy_descriptors or 0)
+                self._work.put((message, descriptors))
+            case Optimize():
+                self._work.put((message, self._channel.take_descriptors(2)))
             case Generate(request):
                 with self._lock:
                     if request.id in self._pending:
@@ -152,9 +166,9 @@ class SecureWorld:
         while True:
             first, second = self._work.get()
             try:
-                if isinstance(first, Register):
+                if isinstance(first, Register | Optimize):
                     assert isinstance(second, list)
-                    self._register(first, second)
+                    self._call(first, second)
                 else:
                     assert isinstance(second, float)
                     self._answer(first, second)
@@ -164,34 +178,32 @@ class SecureWorld:
                 self._channel.shut()  # nobody would compute any more: let the normal world start another
                 raise
 
-    def _register(self, message: Register, descriptors: list[int]) -> None:
+    def _call(self, message: Register | Optimize, descriptors: list[int]) -> None:
+        answer: Registered | Optimized | Failed
+        what = "registering" if isinstance(message, Register) else "optimizing"
         try:
-            info_state = self._open(message, descriptors)
+            if isinstance(message, Register):
+                answer = self._register(message, descriptors)
+            else:
+                answer = self._optimize(message, descriptors)
         except FlexServeError as error:
             _close(descriptors)
-            self._channel.send(failed(error, call=message.call))
+            answer = failed(error, call=message.call)
         except Exception as error:
             _close(descriptors)
-            self._channel.send(
-                failed(EngineFailure(f"registering failed: {type(error).__name__}"), call=message.call)
-            )
-        else:
-            self._channel.send(info_state)
+            answer = failed(EngineFailure(f"{what} failed: {type(error).__name__}"), call=message.call)
+        self._channel.send(answer)
 
-    def _open(self, message: Register, descriptors: list[int]) -> Registered:
-        if not descriptors:
+    def _open(self, fd: int, licence: bytes, state: bytes | None) -> tuple[SealedModel, Licensed]:
+        sealed = SealedModel.open(fd, self._trusted)
+        key, new_state = open_licence(licence, sealed, self.device, state, time.time())
+        return sealed, Licensed(key, Licence.parse(licence).serial, new_state)
+
+    def _register(self, message: Register, descriptors: list[int]) -> Registered:
+        if not message.descriptors:
             raise ChannelBroken("a model without a descriptor")
-        cached, direct = descriptors[0], descriptors[1] if len(descriptors) > 1 else None
-        sealed = SealedModel.open(cached, self._trusted)
-        key, state = open_licence(message.licence, sealed, self.device, message.state, time.time())
-        model = SecureModel(
-            message.name,
-            sealed.unlock(key),
-            cached=cached,
-            direct=direct,
-            zygote=self._zygote,
-            options=self._options,
-        )
+        sealed, licensed = self._open(descriptors[0], message.licence, message.state)
+        model = self._load(message, sealed, licensed, descriptors)
         with self._lock:
             old = self._models.get(message.name)
             self._models[message.name] = model
@@ -199,7 +211,65 @@ class SecureWorld:
             old.close()
             _close(self._descriptors[message.name])
         self._descriptors[message.name] = descriptors
-        return Registered(message.call, model.info, state)
+        return Registered(message.call, model.info, licensed.state)
+
+    def _load(
+        self, message: Register, sealed: SealedModel, licensed: Licensed, descriptors: list[int]
+    ) -> SecureModel:
+        """From the device's own copy when it fits, otherwise from the sealed model; then `info` says why."""
+        unlocked = sealed.unlock(licensed.model_key)
+        files, copies = descriptors[: message.descriptors], descriptors[message.descriptors :]
+
+        def load(copy: CopyFiles | None) -> SecureModel:
+            return SecureModel(
+                message.name,
+                unlocked,
+                cached=files[0],
+                direct=files[1] if len(files) > 1 else None,
+                zygote=self._zygote,
+                options=self._options,
+                copy=copy,
+            )
+
+        why = ""
+        if copies:
+            try:
+                copy = open_copy(
+                    copies[0],
+                    sealed,
+                    licensed.model_key,
+                    serial=licensed.serial,
+                    device=self.device,
+                    engine=repack.this_engine(),
+                )
+                return load(CopyFiles(copy, copies[0], copies[1] if len(copies) > 1 else None))
+            except (DeviceCopyRefused, ModelUnsupported) as error:
+                why = f"{error.message}: make it again with `flexserve optimize`"
+        model = load(None)
+        if message.copy_descriptors is not None and not why and model.would_gain:
+            why = (
+                f"{model.info.quantization} is faster in execution layout: make this device's own copy "
+                "with `flexserve optimize`"
+            )
+        model.info = dataclasses.replace(model.info, layout_hint=why)
+        return model
+
+    def _optimize(self, message: Optimize, descriptors: list[int]) -> Optimized:
+        source, out = descriptors
+        sealed, licensed = self._open(source, message.licence, message.state)
+        told = 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal told
+            if time.perf_counter() - told > PROGRESS_PERIOD_S:
+                told = time.perf_counter()
+                self._channel.send(Progressed(message.call, done, total))
+
+        manifest = make_copy(
+            sealed, licensed.model_key, out, serial=licensed.serial, device=self.device, progress=progress
+        )
+        _close(descriptors)
+        return Optimized(message.call, copy_info(sealed, manifest), licensed.state)
 
     def _answer(self, request: Request, accepted_at: float) -> None:
         with self._lock:
@@ -229,6 +299,15 @@ class SecureWorld:
             self._pending.discard(request.id)
             self._cancelled.discard(request.id)
         self._channel.send(end)
+
+
+@dataclasses.dataclass(frozen=True)
+class Licensed:
+    """What an accepted licence gives: `state` is the device's new one."""
+
+    model_key: bytes
+    serial: int
+    state: bytes
 
 
 def _tokens(request_id: str, token: Token) -> Tokens:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 from ...errors import NotFound, StorageFailure
+from ...sealed.device_copy import default_path
+from ..base import ModelSource
 
 MAX_LICENCE_BYTES = 1 << 16
 
@@ -25,6 +27,19 @@ def open_sealed(path: Path) -> list[int]:
     with contextlib.suppress(OSError):
         descriptors.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
     return descriptors
+
+
+def open_copy(source: ModelSource) -> list[int] | None:
+    """Descriptors of the device's own copy of a model, as `open_sealed`; none where there is no file at the usual
+    place, None where no copy is to be used. Raises `NotFound` for a copy that was named."""
+    if not source.use_copy:
+        return None
+    if source.copy is not None:
+        return open_sealed(source.copy)
+    try:
+        return open_sealed(default_path(source.sealed))
+    except (NotFound, StorageFailure):  # it is never needed
+        return []
 
 
 def read_licence(path: Path) -> bytes:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...core import Event, Finished, ModelInfo, Request, Token, WorldStatus
+from ...core import DeviceCopyInfo, Event, Finished, ModelInfo, Request, Token, WorldStatus
 from ...errors import (
     Busy,
     EngineFailure,
@@ -31,6 +31,7 @@ from ...errors import (
     WorldCrashed,
 )
 from ...sealed import statefile
+from ...sealed.files import replacing
 from ...sealed.trust import default_trust_dir
 from ..base import ModelSource
 from .channel import (
@@ -41,6 +42,9 @@ from .channel import (
     Ended,
     Failed,
     Generate,
+    Optimize,
+    Optimized,
+    Progressed,
     Ready,
     Recall,
     Recalled,
@@ -51,7 +55,7 @@ from .channel import (
     Tokens,
     ToNormal,
 )
-from .storage import open_sealed, read_licence
+from .storage import open_copy, open_sealed, read_licence
 
 _Answer = TypeVar("_Answer")
 
@@ -284,6 +288,7 @@ class LinuxWorld:
         make: Callable[[int], Any],
         descriptors: tuple[int, ...] = (),
         process: SecureProcess | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> _Answer:
         """Send a message and wait for its answer. Raises what the secure world says, or `WorldCrashed`."""
         with self._lock:
@@ -295,7 +300,9 @@ class LinuxWorld:
         try:
             with contextlib.suppress(OSError):  # the process died: the supervisor answers
                 process.channel.send(make(number), descriptors)
-            answer = inbox.get(timeout=CALL_TIMEOUT_S)
+            while isinstance(answer := inbox.get(timeout=CALL_TIMEOUT_S), Progressed):
+                if progress is not None:
+                    progress(answer.done, answer.total)
         except queue.Empty:
             raise EngineFailure("the secure world does not answer") from None
         finally:
@@ -307,8 +314,37 @@ class LinuxWorld:
             raise ChannelBroken(f"the secure world sent {type(answer).__name__} instead of {kind.__name__}")
         return answer
 
+    def optimize(
+        self, source: ModelSource, out: Path, progress: Callable[[int, int], None] | None = None
+    ) -> DeviceCopyInfo:
+        """Make the device's own copy of a model, in execution layout, and put it at `out` when it is whole.
+
+        `progress` gets (bytes done, bytes in total) in this thread. Raises what `register` raises, `Usage` where
+        there is nothing to repack, `StorageFailure`; then `out` is as it was.
+        """
+        with replacing(out) as target:
+            descriptors = open_sealed(source.sealed)
+            try:
+                licence = read_licence(source.licence)
+                path = statefile.state_path(self._device_key_id)
+                with statefile.locked(path):
+                    state = statefile.load(path)
+                    answer = self._call(
+                        Optimized,
+                        lambda call: Optimize(call, licence, state),
+                        (descriptors[0], target),
+                        progress=progress,
+                    )
+                    statefile.store(path, answer.state)
+            finally:
+                for fd in descriptors:
+                    os.close(fd)
+            os.fchmod(target, 0o600)
+        return answer.copy
+
     def _register(self, source: ModelSource, process: SecureProcess) -> ModelInfo:
         descriptors = open_sealed(source.sealed)
+        copies = open_copy(source)
         try:
             licence = read_licence(source.licence)
             path = statefile.state_path(self._device_key_id)
@@ -316,8 +352,11 @@ class LinuxWorld:
                 state = statefile.load(path)
                 answer = self._call(
                     Registered,
-                    lambda call: Register(call, source.name, licence, state, len(descriptors)),
-                    tuple(descriptors),
+                    lambda call: Register(
+                        *(call, source.name, licence, state, len(descriptors)),
+                        None if copies is None else len(copies),
+                    ),
+                    (*descriptors, *(copies or ())),
                     process,
                 )
                 statefile.store(path, answer.state)
@@ -328,7 +367,7 @@ class LinuxWorld:
                 f"the secure world ended while it loaded {source.sealed}: {error.message}"
             ) from error
         finally:
-            for fd in descriptors:
+            for fd in (*descriptors, *(copies or ())):
                 os.close(fd)
         return answer.info
 
@@ -456,7 +495,7 @@ class LinuxWorld:
                 self._push(request_id, message.error())
             case Failed(call=int(call)):
                 self._reply(call, message.error())
-            case Registered() | Recalled() | Reported():
+            case Registered() | Progressed() | Optimized() | Recalled() | Reported():
                 self._reply(message.call, message)
             case _:
                 raise ChannelBroken("the secure world sent a message out of turn")
