@@ -1,45 +1,39 @@
 """`flexserve bench cold-start`: a sealed model's cold start against plain llama.cpp's, both in one run.
 
-Random weights in a true shape, uniformly random prompt ids from a new printed seed per round. Before every
-measurement of either side free memory is brought into the same state and the file is out of the page cache.
-
-Sides: `plain_*` are new processes on the unencrypted file, the model's load included, as an application
-without a server would do it. `sealed_*` is a running world with the model registered and no weight resident;
-the time is the client's, from sending the request to its first token.
+Random weights in a true shape, uniformly random prompt ids from a new printed seed per round. Every measurement
+of every side is prepared alike: first the side (its process, its skeleton, the page cache), then free memory
+(memory.py), then at once the answer. The order of the sides turns from round to round. What a side is, is in
+sides.py; what the numbers come to, in report.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..core import Finished, Request, Sampling, Token
-from ..errors import EngineFailure
-from ..sealed.keyfile import load_vendor_key, write_key
-from ..sealed.keys import DeviceKey, VendorKey
-from ..sealed.licence import issue
-from ..sealed.reader import SealedModel
-from ..sealed.seal import seal
-from ..worlds.base import ModelSource
-from ..worlds.linux import LinuxWorld
-from . import machine
-from .generate import write_model
-from .machine import MemoryState
-from .plain import Job, PlainResult, measure
+from ..errors import EngineFailure, Usage
+from . import machine, memory, processor, rates
+from .files import BenchModel, Progress, Say, prepare_model
+from .memory import Condition, FreeMemory, MemoryState
+from .plain import LOAD_MODES, Job, PlainProcess
+from .report import Measured, Round, Run, report
 from .shapes import shape_named
+from .sides import PlainSide, Sample, SealedSide, SealedWorld, Settings, Side
 
-PLAIN_COLD = ("mmap", "read", "direct")
-MODEL_SEED = 1
-Say = Callable[[str], None]
+LONG_PROMPT_TOKENS = 512
+STORAGE_DEPTH = 4  # segments in flight while a round's read rate is measured
+PLAIN_SIDES = (*(f"plain_cold_{mode}" for mode in LOAD_MODES), "plain_warm")
+REPACK_SIDES = ("plain_cold_repack", "plain_warm_repack")  # where llama.cpp repacks this quantisation
+SEALED_SIDES = ("sealed_cold", "sealed_sequential", "sealed_resident")
+LONG_SIDES = ("sealed_cold_long", "sealed_resident_long")
+ALL_SIDES = (*PLAIN_SIDES, *REPACK_SIDES, *SEALED_SIDES, *LONG_SIDES)
 
 
 @dataclass(frozen=True)
@@ -51,294 +45,245 @@ class ColdStartOptions:
     prompt_tokens: int = 128
     output_tokens: int = 33
     rounds: int = 3
-    states: tuple[MemoryState, ...] = (MemoryState.BACKED, MemoryState.IDLE)
+    states: tuple[MemoryState, ...] = tuple(MemoryState)
+    sides: tuple[str, ...] = ALL_SIDES
     directory: Path = Path("bench")
     threads: int = 0  # 0: all cores
+
+    def __post_init__(self) -> None:
+        unknown = [side for side in self.sides if side not in ALL_SIDES]
+        if unknown or not self.sides:
+            raise Usage(
+                f"no side is called {unknown[0]!r}" if unknown else "no side is to be measured",
+                hint=f"there are {', '.join(ALL_SIDES)}",
+            )
 
     @property
     def compute_threads(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
 
     @property
-    def context_tokens(self) -> int:
-        return max(512, self.prompt_tokens + self.output_tokens)
+    def long_prompt_tokens(self) -> int | None:
+        """None when no side of it is measured."""
+        wanted = self.prompt_tokens < LONG_PROMPT_TOKENS and any(s in self.sides for s in LONG_SIDES)
+        return LONG_PROMPT_TOKENS if wanted else None
 
-
-@dataclass(frozen=True)
-class SealedResult:
-    """One answer of the sealed side; seconds as the client saw them, and the loader's own account."""
-
-    ttft_s: float
-    decode_tokens_per_s: float
-    token_ids: list[int]
-    load_bytes: int
-    read_s: float
-    decrypt_s: float
-    place_s: float
-    faults: int
-    fault_wait_s: float
-    prefill_s: float
+    @property
+    def settings(self) -> Settings:
+        tokens = max(self.prompt_tokens, self.long_prompt_tokens or 0) + self.output_tokens
+        return Settings(self.compute_threads, max(512, tokens), self.output_tokens)
 
 
 @dataclass
-class Samples:
-    """Every result of one memory state, by side, in order of measurement."""
+class _Bench:
+    """The sides of one run, and the worlds behind the sealed ones."""
 
-    plain: dict[str, list[PlainResult]] = field(default_factory=dict)
-    sealed: dict[str, list[SealedResult]] = field(default_factory=dict)
+    sides: list[Side] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    pipelined: SealedWorld | None = None
+    sequential: SealedWorld | None = None
 
-    def ttft(self, side: str) -> float:
-        """Median time to first token."""
-        rows = self.plain.get(side) or self.sealed[side]
-        return statistics.median(row.ttft_s for row in rows)
-
-    def decode(self, side: str) -> float:
-        """Median tokens per second after the first."""
-        rows = self.plain.get(side) or self.sealed[side]
-        return statistics.median(row.decode_tokens_per_s for row in rows)
-
-
-@dataclass(frozen=True)
-class Files:
-    """A model in both forms, and the keys to the sealed one."""
-
-    gguf: Path
-    source: ModelSource
-    device_key: Path
-    vendor_pub: Path
+    def close(self) -> None:
+        for side in self.sides:
+            side.done()
+        for world in (self.pipelined, self.sequential):
+            if world is not None:
+                world.close()
 
 
-def prepare_files(options: ColdStartOptions, say: Say) -> Files:
-    """Generate, seal and license what is missing in the bench directory; what is there is used again."""
-    d = options.directory
-    d.mkdir(parents=True, exist_ok=True)
-    vendor_path, device_path = d / "vendor.key", d / "device.key"
-    if not vendor_path.exists():
-        write_key(vendor_path, VendorKey.generate())
-    if not device_path.exists():
-        write_key(device_path, DeviceKey.generate())
-    name = f"{options.shape}-{options.quant}"
-    gguf, flex, licence = (d / f"{name}.{suffix}" for suffix in ("gguf", "flex", "lic"))
-    vendor = load_vendor_key(vendor_path)
-    if not gguf.exists():
-        say(f"generating {gguf} with random weights")
-        write_model(shape_named(options.shape), options.quant, gguf, seed=MODEL_SEED)
-    if not flex.exists():
-        say(f"sealing {flex}")
-        seal(gguf, flex, vendor, model_id=name, version=1)
-    from ..sealed.keyfile import load_device_key
+def run(options: ColdStartOptions, say: Say, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure; the result is what `--json` prints (docs/schemas/bench-cold-start.json).
 
-    with flex.open("rb") as file:
-        sealed = SealedModel.open(file.fileno(), [vendor.public])
-        now = int(time.time())
-        licence.write_bytes(
-            issue(sealed, vendor, load_device_key(device_path).public, issued_at=now, serial=time.time_ns())
-        )
-    return Files(gguf, ModelSource("bench", flex, licence), device_path, vendor_path.with_suffix(".pub"))
-
-
-class _Sealed:
-    """A running world with the bench model registered."""
-
-    def __init__(self, files: Files, options: ColdStartOptions, *, on_demand: bool = True) -> None:
-        self._files, self._options = files, options
-        self.world = LinuxWorld(
-            str(files.device_key),
-            vendor_pub=files.vendor_pub,
-            threads=options.compute_threads,
-            context_tokens=options.context_tokens,
-            on_demand=on_demand,
-        )
-        self.world.start()
-        start = time.perf_counter()
-        self.world.register(files.source)
-        self.register_s = time.perf_counter() - start
-        self._numbers = itertools.count()
-
-    def vocabulary(self) -> int:
-        return shape_named(self._options.shape).vocabulary
-
-    def empty(self) -> None:
-        """No weight resident, no ciphertext in the page cache."""
-        self.world.recall(1 << 60)
-        if self.world.status().models[0].resident_bytes:
-            raise EngineFailure("weights stay resident after a recall")
-        machine.evict(self._files.source.sealed)
-
-    def ask(self, token_ids: list[int]) -> SealedResult:
-        """Answer once, timed at the client."""
-        request = Request(
-            id=f"bench-{next(self._numbers)}",
-            model="bench",
-            token_ids=tuple(token_ids),
-            max_tokens=self._options.output_tokens,
-            ignore_eos=True,
-            sampling=Sampling(temperature=0),
-        )
-        start = time.perf_counter()
-        first = 0.0
-        for event in self.world.generate(request):
-            if isinstance(event, Token):
-                first = first or time.perf_counter()
-                continue
-            assert isinstance(event, Finished)
-            t = event.timings
-            return SealedResult(
-                first - start,
-                t.decode_tokens_per_s,
-                list(event.token_ids),
-                t.load_bytes,
-                t.read_s,
-                t.decrypt_s,
-                t.place_s,
-                t.faults,
-                t.fault_wait_s,
-                t.prefill_s,
-            )
-        raise EngineFailure("the answer did not end")
-
-    def peak_bytes(self) -> int:
-        assert self.world.pid is not None
-        return machine.peak_resident_bytes(self.world.pid)
-
-
-def run(options: ColdStartOptions, say: Say) -> dict[str, Any]:
-    """Measure; the result is what `--json` prints (docs/schemas/bench-cold-start.json)."""
-    files = prepare_files(options, say)
-    seeds: list[int] = []
-    samples = {state: Samples() for state in options.states}
-    pipelined = _Sealed(files, options)
-    sequential = _Sealed(files, options, on_demand=False)
-    register_resident = pipelined.world.status().models[0].resident_bytes
+    Raises `Usage`, `StorageFailure`, and `EngineFailure` when a cold start is not cold or two answers differ.
+    """
+    model = prepare_model(options.directory, options.shape, options.quant, say, progress)
+    say("measuring the rates of this machine's parts")
+    placing = rates.placing()
+    decrypt = rates.decrypt_bytes_per_s()
+    repacked_bytes = _repacked_bytes(model, options)
+    bench = _Bench()
+    rounds: dict[MemoryState, list[Round]] = {}
     try:
-        for state, number in itertools.product(options.states, range(options.rounds)):
-            seed = secrets.randbits(32)
-            seeds.append(seed)
-            say(f"{state}, round {number + 1} of {options.rounds}, seed {seed}")
-            ids = np.random.default_rng(seed).integers(0, pipelined.vocabulary(), options.prompt_tokens)
-            _round(samples[state], state, number, ids.tolist(), files, options, (pipelined, sequential), say)
-        peak = pipelined.peak_bytes()
+        _make_sides(bench, model, options, repacked_bytes, say)
+        # Idle first: after `backed` it takes long until the host has everything back.
+        for state in sorted(options.states, reverse=True):
+            free = memory.free_memory(state, _need_bytes(model))
+            try:
+                rounds[state] = [
+                    _round(
+                        bench.sides,
+                        free,
+                        f"{state}, round {n + 1} of {options.rounds}",
+                        n,
+                        model,
+                        options,
+                        say,
+                    )
+                    for n in range(options.rounds)
+                ]
+            finally:
+                free.close()
+        world = bench.pipelined
+        return report(
+            Run(
+                machine=machine.describe(),
+                shape=options.shape,
+                quant=options.quant,
+                prompt_tokens=options.prompt_tokens,
+                long_prompt_tokens=options.long_prompt_tokens,
+                output_tokens=options.output_tokens,
+                threads=options.compute_threads,
+                weight_bytes=model.weight_bytes,
+                disk_bytes=model.disk_bytes,
+                repacked_bytes=repacked_bytes,
+                decrypt_bytes_per_s=decrypt,
+                placing=placing,
+                register_s=world.register_s if world else None,
+                register_resident_bytes=world.register_resident_bytes if world else None,
+                skipped=bench.skipped,
+                rounds=rounds,
+            )
+        )
     finally:
-        pipelined.world.close()
-        sequential.world.close()
-    _check_tokens(samples.values())
-    return {
-        "bench": "cold-start",
-        "machine": machine.describe(),
-        "shape": options.shape,
-        "quant": options.quant,
-        "prompt_tokens": options.prompt_tokens,
-        "output_tokens": options.output_tokens,
-        "threads": options.compute_threads,
-        "rounds": options.rounds,
-        "seeds": seeds,
-        "weight_bytes": files.gguf.stat().st_size,
-        "register_s": pipelined.register_s,
-        "register_resident_bytes": register_resident,
-        "sealed_peak_bytes": peak,
-        "states": {str(state): _report(samples[state]) for state in options.states},
-    }
+        bench.close()
+
+
+def draw_one(options: ColdStartOptions, path: Path, say: Say) -> None:
+    """Record one more pipelined cold start from inside and draw it (plot.py). Raises what `run` does."""
+    from .plot import draw, require_matplotlib
+    from .timeline import record
+
+    require_matplotlib()
+    model = prepare_model(options.directory, options.shape, options.quant, lambda _text: None)
+    settings, state, seed = options.settings, min(options.states), secrets.randbits(32)
+    say(f"recording one cold start in {state} memory, seed {seed}")
+    free = memory.free_memory(state, _need_bytes(model))
+    try:
+        timeline = record(
+            model,
+            _prompt(seed, options.shape, options.prompt_tokens),
+            free,
+            threads=settings.threads,
+            context_tokens=settings.context_tokens,
+        )
+    finally:
+        free.close()
+    title = f"{options.shape} {options.quant}, {options.prompt_tokens} tokens, cold, {state} memory"
+    draw(timeline, title, path)
+    say(f"{path}: first token after {timeline.ttft_s:.3f} s")
+
+
+def _need_bytes(model: BenchModel) -> int:
+    """What any side may take: the file in the page cache and the weights in memory, and room for the rest."""
+    return 2 * model.weight_bytes + (1 << 30)
+
+
+def _repacked_bytes(model: BenchModel, options: ColdStartOptions) -> int:
+    """How much of the model llama.cpp repacks for this processor: it is asked."""
+    with PlainProcess() as process:
+        settings = options.settings
+        job = Job(str(model.gguf), "mmap", True, [0], 1, settings.threads, settings.context_tokens)
+        return process.run(job).repacked_bytes
+
+
+def _make_sides(
+    bench: _Bench, model: BenchModel, options: ColdStartOptions, repacked_bytes: int, say: Say
+) -> None:
+    settings = options.settings
+
+    def plain(name: str, mode: str, *, cold: bool, repack: bool = False) -> None:
+        if repack and not repacked_bytes:
+            bench.skipped[name] = f"llama.cpp repacks nothing of {options.quant} on this processor"
+        elif mode == "mlock" and not machine.may_lock(model.weight_bytes):
+            bench.skipped[name] = "this user may not lock that much memory (RLIMIT_MEMLOCK)"
+        elif name in options.sides:
+            bench.sides.append(PlainSide(name, model, settings, mode=mode, cold=cold, repack=repack))
+
+    for mode in LOAD_MODES:
+        plain(f"plain_cold_{mode}", mode, cold=True)
+    plain("plain_cold_repack", "mmap", cold=True, repack=True)
+    plain("plain_warm", "mmap", cold=False)
+    plain("plain_warm_repack", "mmap", cold=False, repack=True)
+
+    warm_up = _prompt(0, options.shape, options.prompt_tokens)
+    wanted = [name for name in (*SEALED_SIDES, *LONG_SIDES) if name in options.sides]
+    if options.long_prompt_tokens is None:
+        wanted = [name for name in wanted if name not in LONG_SIDES]
+    if any(name != "sealed_sequential" for name in wanted):
+        say("starting the secure world")
+        bench.pipelined = SealedWorld(model, settings, on_demand=True, warm_up=warm_up)
+    if "sealed_sequential" in wanted:
+        say("starting the secure world that loads before it computes")
+        bench.sequential = SealedWorld(model, settings, on_demand=False, warm_up=warm_up)
+    for name in wanted:
+        world = bench.sequential if name == "sealed_sequential" else bench.pipelined
+        assert world is not None
+        bench.sides.append(SealedSide(name, world, cold="resident" not in name))
+
+
+def _prompt(seed: int, shape: str, count: int) -> list[int]:
+    """Uniformly random token ids."""
+    ids = np.random.default_rng(seed).integers(0, shape_named(shape).vocabulary, count)
+    return [int(token) for token in ids]
 
 
 def _round(  # noqa: PLR0917
-    samples: Samples,
-    state: MemoryState,
+    sides: list[Side],
+    free: FreeMemory,
+    title: str,
     number: int,
-    ids: list[int],
-    files: Files,
+    model: BenchModel,
     options: ColdStartOptions,
-    sealed: tuple[_Sealed, _Sealed],
     say: Say,
-) -> None:
-    """Each side once from cold, in an order that turns from round to round; then each warm."""
-    pipelined, sequential = sealed
-
-    def plain(mode: str) -> PlainResult:
-        return measure(
-            Job(
-                str(files.gguf),
-                mode,
-                True,
-                ids,
-                options.output_tokens,
-                options.compute_threads,
-                options.context_tokens,
-            )
+) -> Round:
+    """Every side once."""
+    seed = secrets.randbits(32)
+    read_rate = rates.read_bytes_per_s(model.gguf, depth=STORAGE_DEPTH)
+    say(f"{title}, seed {seed}, storage reads {read_rate / 1e9:.2f} GB/s")
+    short = _prompt(seed, options.shape, options.prompt_tokens)
+    long = _prompt(seed, options.shape, options.long_prompt_tokens or 0)
+    measured: dict[str, Measured] = {}
+    for side in turned(sides, number):
+        measured[side.name] = _measure(side, free, long if side.name in LONG_SIDES else short)
+        m = measured[side.name]
+        say(
+            f"  {side.name:<22}{m.sample.ttft_s:7.3f} s{m.sample.decode_tokens_per_s:8.1f} tokens/s"
+            f"   first touch {m.condition.first_touch_s_per_gb:.2f} s/GB"
         )
-
-    def cold_plain(mode: str) -> None:
-        machine.evict(files.gguf)
-        machine.prepare(state)
-        machine.evict(files.gguf)
-        result = plain(mode)
-        samples.plain.setdefault(f"plain_cold_{mode}", []).append(result)
-        say(f"  plain_cold_{mode:<12}{result.ttft_s:7.3f} s")
-
-    def cold_sealed(name: str, side: _Sealed) -> None:
-        side.empty()
-        machine.prepare(state)
-        side.empty()
-        result = side.ask(ids)
-        samples.sealed.setdefault(name, []).append(result)
-        say(f"  {name:<23}{result.ttft_s:7.3f} s")
-
-    steps: list[Callable[[], None]] = [
-        *(lambda mode=mode: cold_plain(mode) for mode in PLAIN_COLD),
-        lambda: cold_sealed("sealed_cold", pipelined),
-        lambda: cold_sealed("sealed_sequential", sequential),
-    ]
-    turn = number % len(steps)
-    for step in steps[turn:] + steps[:turn]:
-        step()
-    sequential.world.recall(1 << 60)
-    machine.warm(files.gguf)
-    samples.plain.setdefault("plain_warm", []).append(plain("mmap"))
-    pipelined.ask(ids)
-    samples.sealed.setdefault("sealed_resident", []).append(pipelined.ask(ids))
-    warm, resident = samples.plain["plain_warm"][-1], samples.sealed["sealed_resident"][-1]
-    say(f"  plain_warm             {warm.ttft_s:7.3f} s  {warm.decode_tokens_per_s:5.1f} tokens/s")
-    say(f"  sealed_resident        {resident.ttft_s:7.3f} s  {resident.decode_tokens_per_s:5.1f} tokens/s")
+    _check_tokens(sides, measured)
+    return Round(seed, read_rate, measured)
 
 
-def _check_tokens(all_samples: Iterable[Samples]) -> None:
-    """Both sides must have answered the same, or their times mean nothing."""
-    for samples in all_samples:
-        sides: list[list[list[int]]] = [[r.token_ids for r in rows] for rows in samples.plain.values()]
-        sides += [[r.token_ids for r in rows] for rows in samples.sealed.values()]
-        for answers in zip(*sides, strict=True):
-            if any(answer != answers[0] for answer in answers):
-                raise EngineFailure("plain and sealed answers differ")
+def turned(sides: list[Side], number: int) -> list[Side]:
+    """The order of round `number`: forwards and backwards in turn, each pair beginning with other sides."""
+    turn = number // 2 % len(sides)
+    order = sides[turn:] + sides[:turn]
+    return order[::-1] if number % 2 else order
 
 
-def _report(s: Samples) -> dict[str, Any]:
-    best = min((f"plain_cold_{mode}" for mode in PLAIN_COLD), key=s.ttft)
-    cold = s.ttft("sealed_cold")
-    resident_plain = statistics.median(r.resident_ttft_s for r in s.plain["plain_warm"])
-    return {
-        "ratios": {
-            "cold_vs_plain_cold": cold / s.ttft(best),
-            "cold_vs_plain_process_warm": cold / s.ttft("plain_warm"),
-            "cold_vs_resident": cold / s.ttft("sealed_resident"),
-            "pipelined_vs_sequential": cold / s.ttft("sealed_sequential"),
-            "decode_vs_plain": s.decode("sealed_resident") / s.decode("plain_warm"),
-            "prefill_vs_plain": resident_plain / s.ttft("sealed_resident"),
-        },
-        "best_plain_cold": best,
-        "median_ttft_s": {side: s.ttft(side) for side in (*s.plain, *s.sealed)},
-        "median_decode_tokens_per_s": {side: s.decode(side) for side in ("plain_warm", "sealed_resident")},
-        "ttft_s": {side: [r.ttft_s for r in rows] for side, rows in s.plain.items()}
-        | {side: [r.ttft_s for r in rows] for side, rows in s.sealed.items()},
-        "sealed_cold": [
-            {
-                "load_bytes": r.load_bytes,
-                "read_s": r.read_s,
-                "decrypt_s": r.decrypt_s,
-                "place_s": r.place_s,
-                "faults": r.faults,
-                "fault_wait_s": r.fault_wait_s,
-                "prefill_s": r.prefill_s,
-            }
-            for r in s.sealed["sealed_cold"]
-        ],
-        "plain_peak_bytes": max(r.peak_bytes for rows in s.plain.values() for r in rows),
-    }
+def _measure(side: Side, free: FreeMemory, token_ids: list[int]) -> Measured:
+    """Prepare the side, then free memory, then go: between the last two lies only the probe."""
+    try:
+        side.ready(token_ids)
+        free.prepare()
+        side.check()
+        reported, steal = memory.reported_bytes(), processor.steal_s()
+        start = time.perf_counter()
+        condition: Condition = free.release()
+        gap_s = time.perf_counter() - start
+        sample: Sample = side.go()
+        steal_s, after = processor.steal_s() - steal, memory.reported_bytes()
+        handed_back = None if reported is None or after is None else after - reported
+        return Measured(sample, condition, gap_s, steal_s, handed_back)
+    finally:
+        side.done()
+
+
+def _check_tokens(sides: Iterable[Side], measured: dict[str, Measured]) -> None:
+    """Sides with the same prompt and kernels must have answered the same, or their times mean nothing."""
+    answers: dict[tuple[str, bool], tuple[str, tuple[int, ...]]] = {}
+    for side in sides:
+        ids = measured[side.name].sample.token_ids
+        first, expected = answers.setdefault((side.kernels, side.name in LONG_SIDES), (side.name, ids))
+        if ids != expected:
+            raise EngineFailure(f"{side.name} and {first} answered the same prompt differently")

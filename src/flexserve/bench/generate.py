@@ -58,6 +58,17 @@ class _Tensor:
         return self.shape[0] // self.kind.block * self.kind.block_bytes * rows
 
 
+def model_bytes(shape: ModelShape, quant: str) -> int:
+    """Bytes of the weights. Raises `Usage`."""
+    _check_quant(quant)
+    return sum(t.nbytes for t in _tensors(shape, quant))
+
+
+def _check_quant(quant: str) -> None:
+    if quant not in QUANTIZATIONS:
+        raise Usage(f"no quantisation is called {quant!r}", hint=f"there are {', '.join(QUANTIZATIONS)}")
+
+
 def write_model(
     shape: ModelShape,
     quant: str,
@@ -70,8 +81,7 @@ def write_model(
     `progress(done, total)` is called with bytes of weights. Memory stays below 100 MB whatever the shape.
     The file appears under its name when it is complete. Raises `Usage`, `StorageFailure`.
     """
-    if quant not in QUANTIZATIONS:
-        raise Usage(f"no quantisation is called {quant!r}", hint=f"there are {', '.join(QUANTIZATIONS)}")
+    _check_quant(quant)
     tensors = _tensors(shape, quant)
     total = sum(t.nbytes for t in tensors)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

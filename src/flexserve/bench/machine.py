@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -65,6 +66,23 @@ def evict(path: Path) -> None:
         os.close(fd)
     if left:
         raise EngineFailure(f"{left} pages of {path} stay in the page cache: a cold start cannot be measured")
+
+
+def check_cache(path: Path, *, cached: bool) -> None:
+    """That none of a file's pages is in the page cache, or (`cached`) all are. Raises `EngineFailure`."""
+    with path.open("rb") as file:
+        there, pages = cached_pages(file.fileno()), -(-path.stat().st_size // mmap.PAGESIZE)
+    if there != (pages if cached else 0):
+        raise EngineFailure(
+            f"{there} of {pages} pages of {path} are in the page cache just before a "
+            f"{'warm' if cached else 'cold'} start: another program reads it, or memory is short"
+        )
+
+
+def may_lock(count: int) -> bool:
+    """Whether this process may lock that many bytes (mlock(2))."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return os.geteuid() == 0 or limit == resource.RLIM_INFINITY or limit >= count
 
 
 def warm(path: Path) -> None:

@@ -7,20 +7,24 @@ result: the clock starts when the model's load does, so neither Python nor the l
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from ..errors import EngineFailure
 from .machine import peak_resident_bytes
 
-LOAD_MODES = {
-    "read": 0,
-    "mmap": 1,
-    "direct": 4,
-}  # llama.h, enum llama_load_mode; "read" into anonymous memory
+# llama.h, enum llama_load_mode. "read" is into anonymous memory, through the page cache (--no-mmap); "mlock" maps
+# and locks.
+LOAD_MODES = {"read": 0, "mmap": 1, "mlock": 3, "direct": 4}
+_REPACKED = re.compile(r"CPU_REPACK model buffer size = *([\d.]+) MiB")
 
 
 @dataclass(frozen=True)
@@ -34,50 +38,99 @@ class Job:
     output_tokens: int
     threads: int
     context_tokens: int
+    again: bool = False  # answer the same prompt once more, with everything in memory
 
 
 @dataclass(frozen=True)
 class PlainResult:
-    """Seconds of wall time; `ttft_s` = load, context, prefill and sampling of the first token."""
+    """Wall and processor seconds; `ttft_s` = load, context, prefill and sampling of the first token."""
 
     ttft_s: float
     load_s: float
     prefill_s: float
+    cpu_s: float  # of the process, up to its first token
     decode_tokens_per_s: float
-    resident_ttft_s: float  # the same prompt again, with everything in memory
+    resident_ttft_s: float | None  # of the second time
     token_ids: list[int]
-    peak_bytes: int
+    read_bytes: int  # from storage, up to the first token
+    repacked_bytes: int
+    peak_bytes: int = 0
 
 
-def measure(job: Job) -> PlainResult:
-    """Run a job in a fresh process. Raises `EngineFailure`."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "flexserve.bench.plain"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        ready = process.stdout.readline()
-        if ready.strip() == "ready":
-            process.stdin.write(json.dumps(asdict(job)) + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        else:
-            answer = ""
-        peak = peak_resident_bytes(process.pid) if answer else 0
-        process.stdin.close()
-    if not answer:
-        raise EngineFailure(f"plain llama.cpp failed on {job.model}")
-    return PlainResult(**json.loads(answer), peak_bytes=peak)
+class PlainProcess:
+    """A process that has loaded the library and waits for its one job."""
+
+    def __init__(self) -> None:
+        """Raises `EngineFailure`."""
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "flexserve.bench.plain"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        self._in, self._out = self._popen.stdin, self._popen.stdout
+        if self._out.readline().strip() != "ready":
+            self.close()
+            raise EngineFailure("plain llama.cpp did not start")
+
+    def run(self, job: Job) -> PlainResult:
+        """Raises `EngineFailure`."""
+        answer = ""
+        try:
+            self._in.write(json.dumps(asdict(job)) + "\n")
+            self._in.flush()
+            answer = self._out.readline()
+            peak = peak_resident_bytes(self._popen.pid) if answer else 0
+        except BrokenPipeError:
+            pass
+        if not answer:
+            raise EngineFailure(f"plain llama.cpp failed on {job.model}")
+        return PlainResult(**(json.loads(answer) | {"peak_bytes": peak}))
+
+    def close(self) -> None:
+        """End it; may be called twice."""
+        for pipe in (self._in, self._out):
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                continue
+        self._popen.wait()
+
+    def __enter__(self) -> PlainProcess:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
 
 
-def _run(job: Job) -> dict[str, object]:
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _storage_bytes() -> int:
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    return 0
+
+
+def _run(job: Job) -> PlainResult:
+    import llama_cpp as api
+
     from ..core import Sampling
     from ..engine.llama import Context, ContextOptions, Model, Sampler
 
-    start = time.perf_counter()
+    repacked: list[float] = []
+
+    @api.llama_log_callback  # type: ignore[untyped-decorator]
+    def on_log(_level: int, text: bytes, _user: Any) -> None:
+        repacked.extend(float(size) for size in _REPACKED.findall(text.decode("utf-8", "replace")))
+
+    api.llama_log_set(on_log, None)
+    read, cpu, start = _storage_bytes(), _cpu_s(), time.perf_counter()
     model = Model.from_file(Path(job.model), load_mode=LOAD_MODES[job.load_mode], repack=job.repack)
     context = Context(model, ContextOptions(job.context_tokens, job.threads))
     loaded = time.perf_counter()
@@ -85,22 +138,30 @@ def _run(job: Job) -> dict[str, object]:
     context.decode(job.token_ids)
     tokens = [sampler.sample(context)]
     first = time.perf_counter()
+    cpu, read = _cpu_s() - cpu, _storage_bytes() - read
+    decoding = time.perf_counter()
     while len(tokens) < job.output_tokens:
         context.decode(tokens[-1:])
         tokens.append(sampler.sample(context))
     end = time.perf_counter()
-    context.clear()
-    again = time.perf_counter()
-    context.decode(job.token_ids)
-    sampler.sample(context)
-    return {
-        "ttft_s": first - start,
-        "load_s": loaded - start,
-        "prefill_s": first - loaded,
-        "decode_tokens_per_s": (len(tokens) - 1) / (end - first) if len(tokens) > 1 else 0.0,
-        "resident_ttft_s": time.perf_counter() - again,
-        "token_ids": tokens,
-    }
+    resident_s = None
+    if job.again:
+        context.clear()
+        again = time.perf_counter()
+        context.decode(job.token_ids)
+        sampler.sample(context)
+        resident_s = time.perf_counter() - again
+    return PlainResult(
+        ttft_s=first - start,
+        load_s=loaded - start,
+        prefill_s=first - loaded,
+        cpu_s=cpu,
+        decode_tokens_per_s=(len(tokens) - 1) / (end - decoding) if len(tokens) > 1 else 0.0,
+        resident_ttft_s=resident_s,
+        token_ids=tokens,
+        read_bytes=read,
+        repacked_bytes=int(sum(repacked) * (1 << 20)),
+    )
 
 
 def main() -> None:
@@ -111,8 +172,12 @@ def main() -> None:
     print("ready", flush=True)
     line = sys.stdin.readline()
     if line:
-        print(json.dumps(_run(Job(**json.loads(line)))), flush=True)
-        sys.stdin.readline()  # stay until our peak memory has been read
+        result = asdict(_run(Job(**json.loads(line))))
+        del result["peak_bytes"]  # whoever started us reads it from outside
+        print(json.dumps(result), flush=True)
+        sys.stdin.readline()  # stay until that is done
+    sys.stdout.flush()
+    os._exit(0)  # llama.cpp's log callback goes before it does
 
 
 if __name__ == "__main__":

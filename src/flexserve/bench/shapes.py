@@ -32,10 +32,19 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Weights of matrices; the norms are less than a thousandth."""
-        attention = self.embedding_length * self.key_length * (self.heads + self.kv_heads) * 2
-        layer = attention + 3 * self.embedding_length * self.feed_forward_length
         ends = 1 if self.tied_output else 2
-        return self.layers * layer + ends * self.vocabulary * self.embedding_length
+        return self.layer_parameters + ends * self.output_parameters
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of all layers: what every token of a prompt is multiplied with."""
+        attention = self.embedding_length * self.key_length * (self.heads + self.kv_heads) * 2
+        return self.layers * (attention + 3 * self.embedding_length * self.feed_forward_length)
+
+    @property
+    def output_parameters(self) -> int:
+        """Weights of the output matrix."""
+        return self.vocabulary * self.embedding_length
 
 
 def _llama(
@@ -63,6 +72,8 @@ SHAPES = {
         _llama("llama-3.1-8b", 32, 4096, 14336, (32, 128), tied=False),
         _qwen3("qwen3-0.6b", 1024, 3072),
         _qwen3("qwen3-1.7b", 2048, 6144),
+        # Two layers of the 1B shape: large enough to measure rates on.
+        ModelShape("calibration", "llama", 2, 2048, 8192, 32, 8, 64, 32000, 131072, 500000.0, 1e-5, True),
         _tiny("tiny-llama-tied", "llama", 64, tied=True),
         _tiny("tiny-llama", "llama", 64, tied=False),
         _tiny("tiny-qwen3", "qwen3", 128, tied=True),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .common import human_bytes, print_json
+from ..errors import Usage
+from .common import human_bytes, print_json, progress_bar
 from .display import note, table
 
 
@@ -22,6 +24,19 @@ def command() -> None:
     """Measure FlexServe against plain llama.cpp on this machine, both sides in one run."""
 
 
+DIRECTORY = click.option(
+    "--directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where models are kept for the next run. [default: ~/.cache/flexserve/bench]",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+def _names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """A list with commas; empty when the option is not given."""
+    return tuple(name.strip() for name in value.split(",")) if value is not None else ()
+
+
 @command.command("cold-start")
 @click.option("--shape", default="llama-3.2-1b", show_default=True, help="The model shape (random weights).")
 @click.option("--quant", default="Q8_0", show_default=True, help="F16, Q8_0, Q4_0 or Q4_K_M.")
@@ -32,19 +47,21 @@ def command() -> None:
     "--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds per memory state."
 )
 @click.option(
-    "--state",
-    "states",
-    type=click.Choice(["backed", "idle"]),
-    multiple=True,
-    help="The state of free memory before each start; by default both, one after the other.",
+    "--states",
+    callback=_names,
+    default="backed,idle",
+    show_default=True,
+    help="The states of free memory before each start.",
+)
+@click.option("--sides", callback=_names, metavar="A,B", help="Measure only these. [default: all]")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw a timeline of one more cold start into this .png, .svg or .pdf file (needs matplotlib).",
 )
 @click.option("--threads", type=click.IntRange(1, 256), help="Compute threads. [default: all cores]")
-@click.option(
-    "--directory",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Where the models are kept for the next run. [default: ~/.cache/flexserve/bench]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@DIRECTORY
+@JSON
 def cold_start(
     *,
     shape: str,
@@ -52,39 +69,123 @@ def cold_start(
     prompt_tokens: int,
     rounds: int,
     states: tuple[str, ...],
+    sides: tuple[str, ...],
+    plot: Path | None,
     threads: int | None,
     directory: Path | None,
     as_json: bool,
 ) -> None:
     """Time to first token from cold: sealed against plain llama.cpp.
 
-    Takes about three minutes a round at the default shape: every start is prepared alike.
+    Takes about two minutes a round at the default shape, and free memory of twice the model and 1 GB: every start
+    of every side is prepared alike (docs/benchmarks.md).
     """
-    from ..bench.cold_start import ColdStartOptions, run
-    from ..bench.machine import MemoryState
+    from ..bench.cold_start import ALL_SIDES, ColdStartOptions, draw_one, run
+    from ..bench.memory import MemoryState
 
+    unknown = [state for state in states if state not in tuple(MemoryState)]
+    if unknown:
+        raise Usage(f"no memory state is called {unknown[0]!r}", hint=f"there are {', '.join(MemoryState)}")
     options = ColdStartOptions(
         shape=shape,
         quant=quant,
         prompt_tokens=prompt_tokens,
         rounds=rounds,
-        states=tuple(MemoryState(s) for s in states) or tuple(MemoryState),
+        states=tuple(MemoryState(s) for s in dict.fromkeys(states)),
+        sides=sides or ALL_SIDES,
         directory=directory or default_directory(),
         threads=threads or 0,
     )
-    result = run(options, note)
+    if plot is not None:
+        from ..bench.plot import require_matplotlib
+
+        require_matplotlib()
+    with progress_bar("model") as progress:
+        result = run(options, note, progress)
+    if plot is not None:
+        draw_one(options, plot, note)
     if as_json:
         print_json(result)
         return
-    for state, report in result["states"].items():
+    for state, part in result["states"].items():
         click.echo(f"\n{state} memory, medians of {rounds} rounds")
-        rows = [(side, f"{value:.3f}") for side, value in report["median_ttft_s"].items()]
-        click.echo(table(("SIDE", "TTFT s"), rows, right=frozenset({"TTFT s"})))
-        rows = [(name, f"{value:.2f}") for name, value in report["ratios"].items()]
-        click.echo(table(("RATIO", "VALUE"), rows, right=frozenset({"VALUE"})))
+        click.echo(_side_table(part["sides"]))
+    for key, state in (("ratios", result["headline_state"]), ("ratios_idle", "idle")):
+        if result[key] and (key == "ratios" or result["headline_state"] != "idle"):
+            click.echo(f"\n{state} memory")
+            click.echo(_ratio_table(result[key]))
+    for side, reason in result["skipped"].items():
+        note(f"{side} was not measured: {reason}")
+
+
+@command.command("calibrate")
+@DIRECTORY
+@JSON
+def calibrate(*, directory: Path | None, as_json: bool) -> None:
+    """What this machine reads, decrypts, places and computes, each alone.
+
+    Takes less than a minute; do nothing else meanwhile.
+    """
+    from ..bench.calibrate import calibrate
+
+    with progress_bar("model") as progress:
+        result = calibrate(directory or default_directory(), note, progress)
+    if as_json:
+        print_json(result)
+        return
+    rows = [
+        (f"read, {depth} in flight", _rate(rate)) for depth, rate in result["read_direct_bytes_per_s"].items()
+    ]
+    rows += [
+        ("read, 4 in flight, into small pages", _rate(result["read_direct_small_pages_bytes_per_s"])),
+        ("read from the page cache", _rate(result["read_cached_bytes_per_s"])),
+        ("decrypt, one core", _rate(result["decrypt_bytes_per_s"])),
+        ("decrypt, all cores", _rate(result["decrypt_all_cores_bytes_per_s"])),
+        ("decrypt, 16 KiB units, one core", _rate(result["decrypt_row_units_bytes_per_s"])),
+        ("place by copying", _cost(result["copy_s_per_gb"])),
+        ("place by moving huge pages", _cost(result["move_s_per_gb"])),
+        ("first touch, huge pages", _cost(result["first_touch_huge_s_per_gb"])),
+        ("first touch, small pages", _cost(result["first_touch_small_s_per_gb"])),
+        ("first touch, memory as it was found", _cost(result["first_touch_as_found_s_per_gb"])),
+        ("prefill, all cores", f"{result['prefill_flops_per_s'] / 1e9:.0f} Gflop/s"),
+        ("decode, all cores", _rate(result["decode_bytes_per_s"])),
+    ]
+    click.echo(table(("PART", "RATE"), rows, right=frozenset({"RATE"})))
+    example = result["example"]
     click.echo(
-        f"\nregistering took {result['register_s']:.2f} s and left "
-        f"{human_bytes(result['register_resident_bytes'])} of weights resident; "
-        f"peak of the secure world {human_bytes(result['sealed_peak_bytes'])} "
-        f"for {human_bytes(result['weight_bytes'])} of weights"
+        f"\n{example['shape']} {example['quant']}, {example['prompt_tokens']} tokens, cannot start cold in less than "
+        f"{example['lower_bound_s']:.2f} s here (I/O {example['io_s']:.2f}, processors {example['cpu_s']:.2f}, "
+        f"compute {example['compute_s']:.2f})"
     )
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{human_bytes(int(bytes_per_s))}/s"
+
+
+def _cost(s_per_gb: float | None) -> str:
+    return "not here" if s_per_gb is None else f"{s_per_gb:.3f} s/GB"
+
+
+def _side_table(sides: dict[str, Any]) -> str:
+    rows = [
+        (
+            name,
+            f"{side['ttft_s']['median']:.3f}",
+            f"{side['ttft_s']['min']:.3f} to {side['ttft_s']['max']:.3f}",
+            f"{side['cpu_s']['median']:.2f}",
+            f"{side['decode_tokens_per_s']['median']:.1f}",
+            human_bytes(int(side["peak_bytes"]["max"])),
+        )
+        for name, side in sides.items()
+    ]
+    head = ("SIDE", "TTFT s", "FROM TO", "CPU s", "TOKENS/S", "PEAK")
+    return table(head, rows, right=frozenset(head[1:]))
+
+
+def _ratio_table(ratios: dict[str, Any]) -> str:
+    rows = [
+        (name, f"{r['ratio']:.2f}", f"{r['per_round']['min']:.2f} to {r['per_round']['max']:.2f}")
+        for name, r in ratios.items()
+    ]
+    return table(("RATIO", "VALUE", "BY ROUND"), rows, right=frozenset({"VALUE", "BY ROUND"}))

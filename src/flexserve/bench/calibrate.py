@@ -1,0 +1,104 @@
+"""`flexserve bench calibrate`: what this machine's parts do, and the shortest cold start they allow.
+
+Every rate is of one part alone, with nothing else running. The model that compute is measured on is two layers
+of the 1B shape; reading uses its file. Under a minute after the first time.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core import ROW_UNIT_SIZE, SEGMENT_SIZE
+from . import machine, memory, rates
+from .bound import Rates, Work, lower_bound
+from .files import BenchModel, Progress, Say, prepare_model
+from .plain import Job, PlainProcess
+from .shapes import shape_named
+
+SHAPE, QUANT = "calibration", "Q8_0"
+EXAMPLE_SHAPE, EXAMPLE_TOKENS = "llama-3.2-1b", 128
+OUTPUT_TOKENS = 33
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What llama.cpp does with weights that are resident, all cores together."""
+
+    prefill_flops_per_s: float  # two operations per weight and token
+    decode_bytes_per_s: float  # of weights, each token reads all of them once
+
+
+def calibrate(directory: Path, say: Say, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure; the result is what `--json` prints (docs/schemas/bench-calibrate.json).
+
+    Raises `StorageFailure`, `EngineFailure`.
+    """
+    cores = len(os.sched_getaffinity(0))
+    as_found = memory.first_touch_s_per_gb(rates.PLACE_BYTES, huge=True)
+    model = prepare_model(directory, SHAPE, QUANT, say, progress)
+    machine.evict(model.gguf)
+    say("reading")
+    direct = {depth: rates.read_bytes_per_s(model.gguf, depth=depth) for depth in rates.DEPTHS}
+    small = rates.read_bytes_per_s(model.gguf, depth=4, huge=False)
+    cached = rates.cached_bytes_per_s(model.gguf)
+    say("decrypting")
+    decrypt = {
+        "decrypt_bytes_per_s": rates.decrypt_bytes_per_s(),
+        "decrypt_all_cores_bytes_per_s": rates.decrypt_bytes_per_s(threads=cores),
+        "decrypt_row_units_bytes_per_s": rates.decrypt_bytes_per_s(unit=ROW_UNIT_SIZE),
+    }
+    say("placing")
+    placing = rates.placing()
+    say("computing")
+    compute = _compute(model, cores)
+    machine_rates = Rates(cores, max(direct.values()), decrypt["decrypt_bytes_per_s"], placing.bytes_per_s)
+    return {
+        "bench": "calibrate",
+        "machine": machine.describe(),
+        "segment_bytes": SEGMENT_SIZE,
+        "read_direct_bytes_per_s": {str(depth): rate for depth, rate in direct.items()},
+        "read_direct_small_pages_bytes_per_s": small,
+        "read_cached_bytes_per_s": cached,
+        **decrypt,
+        "place_bytes_per_s": placing.bytes_per_s,
+        **asdict(placing),
+        "first_touch_as_found_s_per_gb": as_found,
+        **asdict(compute),
+        "example": _example(machine_rates, compute),
+    }
+
+
+def _compute(model: BenchModel, threads: int) -> Compute:
+    shape = shape_named(SHAPE)
+    ids = np.random.default_rng(1).integers(0, shape.vocabulary, EXAMPLE_TOKENS)
+    machine.warm(model.gguf)
+    with PlainProcess() as process:
+        job = Job(
+            str(model.gguf), "mmap", True, [int(i) for i in ids], OUTPUT_TOKENS, threads, 512, again=True
+        )
+        got = process.run(job)
+    assert got.resident_ttft_s is not None
+    # The output matrix works on the last token only.
+    operations = 2 * (shape.layer_parameters * EXAMPLE_TOKENS + shape.output_parameters)
+    return Compute(operations / got.resident_ttft_s, got.decode_tokens_per_s * model.weight_bytes)
+
+
+def _example(machine_rates: Rates, compute: Compute) -> dict[str, Any]:
+    """The lower bound of the shape most promises are about."""
+    shape = shape_named(EXAMPLE_SHAPE)
+    operations = 2 * (shape.layer_parameters * EXAMPLE_TOKENS + shape.output_parameters)
+    compute_s = operations / compute.prefill_flops_per_s
+    load_bytes = shape.parameters * 34 // 32  # Q8_0: a scale of two bytes for 32 weights
+    bound = lower_bound(Work(load_bytes, compute_s, compute_s * machine_rates.cores), machine_rates)
+    return {
+        "shape": EXAMPLE_SHAPE,
+        "quant": QUANT,
+        "prompt_tokens": EXAMPLE_TOKENS,
+        "load_bytes": load_bytes,
+        **bound.as_dict(),
+    }

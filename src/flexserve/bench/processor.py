@@ -1,0 +1,34 @@
+"""Who used the processor: a process's threads, and the host that took it away. Reads /proc only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def thread_cpu_s(pid: int) -> dict[int, float]:
+    """Processor seconds of each thread of a process so far, by thread id (/proc/PID/task/*/schedstat)."""
+    used: dict[int, float] = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            try:
+                used[int(task.name)] = int((task / "schedstat").read_text().split()[0]) / 1e9
+            except (OSError, ValueError, IndexError):  # a kernel without it: in ticks of 10 ms
+                after_name = (task / "stat").read_text().rpartition(")")[2].split()
+                used[int(task.name)] = (int(after_name[11]) + int(after_name[12])) * _TICK_S
+        except FileNotFoundError:  # it has ended
+            continue
+    return used
+
+
+def since(before: dict[int, float], after: dict[int, float]) -> dict[int, float]:
+    """What each thread used between two readings."""
+    return {thread: used - before.get(thread, 0.0) for thread, used in after.items()}
+
+
+def steal_s() -> float:
+    """Seconds, summed over the cores, in which the host ran something else (/proc/stat)."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    return int(fields[8]) * _TICK_S if len(fields) > 8 else 0.0

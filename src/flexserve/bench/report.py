@@ -1,0 +1,192 @@
+"""What a run of the cold-start bench comes to: medians, spreads, ratios, the lower bound. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .bound import Bound, Rates, Work, lower_bound
+from .memory import Condition, MemoryState
+from .rates import Placing
+from .sides import Sample
+from .stats import Ratio, Series, Spread
+
+Pick = Callable[[Sample], float | None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One answer and the circumstances of it."""
+
+    sample: Sample
+    condition: Condition
+    gap_s: float  # from freeing memory to the clock's start
+    steal_s: float  # of all cores, from there to the end of the answer
+    reported_bytes: int | None  # handed back to the host meanwhile
+
+
+@dataclass(frozen=True)
+class Round:
+    """Every side once, with the same prompt ids."""
+
+    seed: int
+    read_bytes_per_s: float  # of the storage, just before
+    measured: Mapping[str, Measured]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that was measured."""
+
+    machine: dict[str, str | int]
+    shape: str
+    quant: str
+    prompt_tokens: int
+    long_prompt_tokens: int | None
+    output_tokens: int
+    threads: int
+    weight_bytes: int
+    disk_bytes: int
+    repacked_bytes: int
+    decrypt_bytes_per_s: float
+    placing: Placing
+    register_s: float | None
+    register_resident_bytes: int | None
+    skipped: Mapping[str, str]
+    rounds: Mapping[MemoryState, list[Round]]
+
+
+def report(run: Run) -> dict[str, Any]:
+    """The object of `--json`."""
+    states = {state: _State(run, rounds) for state, rounds in run.rounds.items()}
+    headline = MemoryState.BACKED if MemoryState.BACKED in states else MemoryState.IDLE
+    plain = ("machine", "shape", "quant", "prompt_tokens", "long_prompt_tokens", "output_tokens", "threads")
+    sizes = ("weight_bytes", "disk_bytes", "repacked_bytes", "register_s", "register_resident_bytes")
+    return {
+        "bench": "cold-start",
+        **{name: getattr(run, name) for name in (*plain, *sizes)},
+        "headline_state": str(headline),
+        "ratios": states[headline].ratios(),
+        "ratios_idle": states[MemoryState.IDLE].ratios() if MemoryState.IDLE in states else None,
+        "rates": {
+            "decrypt_bytes_per_s": run.decrypt_bytes_per_s,
+            "place_bytes_per_s": run.placing.bytes_per_s,
+            **asdict(run.placing),
+        },
+        "skipped": dict(run.skipped),
+        "states": {str(state): part.as_dict() for state, part in states.items()},
+    }
+
+
+class _State:
+    """The rounds of one memory state."""
+
+    def __init__(self, run: Run, rounds: list[Round]) -> None:
+        self._run, self._rounds = run, rounds
+        self.sides = list(rounds[0].measured)
+        self.bounds = {
+            side: [self._bound(r, side) for r in rounds]
+            for side, resident in (
+                ("sealed_cold", "sealed_resident"),
+                ("sealed_cold_long", "sealed_resident_long"),
+            )
+            if side in self.sides and resident in self.sides
+        }
+
+    def _bound(self, r: Round, side: str) -> Bound:
+        cold, resident = r.measured[side], r.measured[side.replace("cold", "resident")].sample
+        placing = self._run.placing
+        extra = cold.condition.first_touch_s_per_gb - placing.first_touch_huge_s_per_gb
+        return lower_bound(
+            Work(cold.sample.read_bytes, resident.ttft_s, resident.cpu_s),
+            Rates(
+                cores=int(self._run.machine["cores"]),
+                read_bytes_per_s=r.read_bytes_per_s,
+                decrypt_bytes_per_s=self._run.decrypt_bytes_per_s,
+                place_bytes_per_s=placing.bytes_per_s,
+                first_touch_extra_s_per_byte=max(0.0, extra) / 1e9,
+            ),
+        )
+
+    def series(self, side: str, quantity: str, pick: Pick) -> Series | None:
+        """One value per round; None when the side was not measured or cannot tell."""
+        if side not in self.sides:
+            return None
+        values = [pick(r.measured[side].sample) for r in self._rounds]
+        known = tuple(v for v in values if v is not None)
+        return Series(side, quantity, known) if len(known) == len(values) else None
+
+    def _ttft(self, side: str) -> Series | None:
+        return self.series(side, "ttft_s", lambda s: s.ttft_s)
+
+    def _best(self, prefix: str) -> Series | None:
+        """Plain llama.cpp's fastest way, by median."""
+        found = [self._ttft(side) for side in self.sides if side.startswith(prefix)]
+        return min((s for s in found if s is not None), key=lambda s: s.median, default=None)
+
+    def ratios(self) -> dict[str, dict[str, object]]:
+        """Those of which both sides were measured."""
+        cold, resident = self._ttft("sealed_cold"), self._ttft("sealed_resident")
+        # What llama.cpp does when left alone: it repacks where it can.
+        default = "plain_warm_repack" if self._run.repacked_bytes else "plain_warm"
+        tokens, long_cold = self._run.prompt_tokens, self._ttft("sealed_cold_long")
+        found = {
+            "cold_vs_plain_cold": (cold, self._best("plain_cold")),
+            "cold_vs_plain_process_warm": (cold, self._best("plain_warm")),
+            "cold_vs_resident": (cold, resident),
+            "pipelined_vs_sequential": (cold, self._ttft("sealed_sequential")),
+            "cold_vs_lower_bound": (cold, self._lower_bound("sealed_cold")),
+            "long_cold_vs_resident": (long_cold, self._ttft("sealed_resident_long")),
+            "long_cold_vs_lower_bound": (long_cold, self._lower_bound("sealed_cold_long")),
+            "decode_vs_plain": tuple(
+                self.series(side, "decode_tokens_per_s", lambda s: s.decode_tokens_per_s)
+                for side in ("sealed_resident", default)
+            ),
+            "prefill_vs_plain": (
+                self.series("sealed_resident", "prefill_tokens_per_s", lambda s: tokens / s.ttft_s),
+                self.series(
+                    default,
+                    "prefill_tokens_per_s",
+                    lambda s: None if s.resident_ttft_s is None else tokens / s.resident_ttft_s,
+                ),
+            ),
+        }
+        return {
+            name: Ratio(above, below).as_dict()
+            for name, (above, below) in found.items()
+            if above is not None and below is not None and below.median > 0
+        }
+
+    def _lower_bound(self, side: str) -> Series | None:
+        bounds = self.bounds.get(side)
+        return Series(side, "lower_bound_s", tuple(b.lower_bound_s for b in bounds)) if bounds else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "rounds": [
+                {
+                    "seed": r.seed,
+                    "read_bytes_per_s": r.read_bytes_per_s,
+                    "order": list(r.measured),
+                    "lower_bound": {side: bounds[n].as_dict() for side, bounds in self.bounds.items()},
+                }
+                for n, r in enumerate(self._rounds)
+            ],
+            "sides": {side: self._side(side) for side in self.sides},
+        }
+
+    def _side(self, side: str) -> dict[str, Any]:
+        rows = [r.measured[side] for r in self._rounds]
+        summed = ("ttft_s", "decode_tokens_per_s", "cpu_s", "peak_bytes")
+        return {
+            **{name: asdict(Spread.of([getattr(row.sample, name) for row in rows])) for name in summed},
+            "samples": [_sample(row) for row in rows],
+        }
+
+
+def _sample(row: Measured) -> dict[str, Any]:
+    values = asdict(row.sample)
+    del values["token_ids"]
+    circumstances = ("gap_s", "steal_s", "reported_bytes")
+    return values | asdict(row.condition) | {name: getattr(row, name) for name in circumstances}

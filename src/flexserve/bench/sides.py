@@ -1,0 +1,281 @@
+"""The sides of the cold-start bench: each makes itself ready, checks the page cache and answers once, timed.
+
+What the clock measures:
+
+    plain_*    from the beginning of the model's load to the first token, in a process that has loaded the library
+    sealed_*   at the client, from handing over the request to its first token, with the model registered
+
+Knows how to bring one side into its state; free memory's state is memory.py's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..core import Finished, Request, Sampling, Token
+from ..errors import EngineFailure
+from ..worlds.linux import LinuxWorld
+from . import machine, processor
+from .files import MODEL_NAME, BenchModel
+from .plain import Job, PlainProcess
+
+EVERYTHING = 1 << 60  # bytes, of a recall
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all sides have in common."""
+
+    threads: int
+    context_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer of one side. Seconds are wall time but `cpu_s`, and those said to be of threads or cores.
+
+    All are about the time to the first token, except `decode_tokens_per_s`, `peak_bytes` and `token_ids`. None
+    where a side cannot tell.
+    """
+
+    ttft_s: float
+    token_ids: tuple[int, ...]
+    decode_tokens_per_s: float
+    resident_ttft_s: float | None  # plain only: the same prompt once more in the same process
+    peak_bytes: int
+    cpu_s: float  # of the process that answers
+    read_bytes: int
+    # Where the time went
+    wait_s: float  # queue, channel, tokenising, sampling: neither loading nor computing
+    load_s: float | None  # plain only: the model's load, before any computing
+    prefill_s: float  # prompt through the model; the sealed side loads meanwhile
+    read_s: float | None  # sealed only, these three: summed over the loader's threads
+    decrypt_s: float | None
+    place_s: float | None
+    compute_s: float | None  # processor time of the computing threads
+    idle_s: float  # core seconds that the process left unused
+    faults: int | None  # times compute waited for a page
+    fault_wait_s: float | None
+
+
+class Side(Protocol):
+    """One way to start and answer."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def cold(self) -> bool: ...
+
+    @property
+    def kernels(self) -> str:
+        """Sides that answer the same prompt with the same kernels give the same tokens."""
+
+    def ready(self, token_ids: list[int]) -> None:
+        """Everything up to the memory's preparation: processes, page cache, resident segments."""
+
+    def check(self) -> None:
+        """That the page cache is as it should be. Raises `EngineFailure`."""
+
+    def go(self) -> Sample:
+        """Answer; the clock runs inside."""
+
+    def done(self) -> None:
+        """Leave no process and no segment behind."""
+
+
+class PlainSide:
+    """Plain llama.cpp, a new process for every answer."""
+
+    def __init__(
+        self, name: str, model: BenchModel, settings: Settings, *, mode: str, cold: bool, repack: bool
+    ) -> None:
+        self.name, self.cold = name, cold
+        self.kernels = "repacked" if repack else "plain"
+        self._model, self._settings = model, settings
+        self._mode, self._repack = mode, repack
+        self._process: PlainProcess | None = None
+        self._ids: list[int] = []
+
+    def ready(self, token_ids: list[int]) -> None:
+        self._ids = token_ids
+        self._process = PlainProcess()
+        if self.cold:
+            machine.evict(self._model.gguf)
+        else:
+            machine.warm(self._model.gguf)
+
+    def check(self) -> None:
+        machine.check_cache(self._model.gguf, cached=not self.cold)
+
+    def go(self) -> Sample:
+        assert self._process is not None
+        s = self._settings
+        got = self._process.run(
+            Job(
+                str(self._model.gguf),
+                self._mode,
+                self._repack,
+                self._ids,
+                s.output_tokens,
+                s.threads,
+                s.context_tokens,
+                again=not self.cold,
+            )
+        )
+        return Sample(
+            ttft_s=got.ttft_s,
+            token_ids=tuple(got.token_ids),
+            decode_tokens_per_s=got.decode_tokens_per_s,
+            resident_ttft_s=got.resident_ttft_s,
+            peak_bytes=got.peak_bytes,
+            cpu_s=got.cpu_s,
+            read_bytes=got.read_bytes,
+            wait_s=0.0,
+            load_s=got.load_s,
+            prefill_s=got.prefill_s,
+            read_s=None,
+            decrypt_s=None,
+            place_s=None,
+            compute_s=None,
+            idle_s=_idle_s(got.ttft_s, got.cpu_s),
+            faults=None,
+            fault_wait_s=None,
+        )
+
+    def done(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+
+class SealedWorld:
+    """A running world with the bench model registered, and no weight resident."""
+
+    def __init__(self, model: BenchModel, settings: Settings, *, on_demand: bool, warm_up: list[int]) -> None:
+        """`warm_up`: a prompt, answered twice to learn which threads compute."""
+        self.model, self.settings = model, settings
+        self._numbers = itertools.count()
+        self._computing: frozenset[int] = frozenset()
+        self.world = LinuxWorld(
+            str(model.device_key),
+            vendor_pub=model.vendor_pub,
+            threads=settings.threads,
+            context_tokens=settings.context_tokens,
+            on_demand=on_demand,
+        )
+        try:
+            self.world.start()
+            start = time.perf_counter()
+            self.world.register(model.source)
+            self.register_s = time.perf_counter() - start
+            self.register_resident_bytes = self.world.status().models[0].resident_bytes
+            self.ask(warm_up)
+            before = processor.thread_cpu_s(self.pid)
+            self.ask(warm_up)  # all resident: whoever works now computes
+            used = processor.since(before, processor.thread_cpu_s(self.pid))
+            self._computing = frozenset(t for t, s in used.items() if s > max(used.values()) / 10)
+            self.empty()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        pid = self.world.pid
+        if pid is None:
+            raise EngineFailure("the secure world has ended")
+        return pid
+
+    def empty(self) -> None:
+        """No segment resident. Raises `EngineFailure` when one stays."""
+        self.world.recall(EVERYTHING)
+        if self.world.status().models[0].resident_bytes:
+            raise EngineFailure("weights stay resident after a recall")
+
+    def ask(self, token_ids: list[int]) -> Sample:
+        """Answer once."""
+        request = Request(
+            id=f"bench-{next(self._numbers)}",
+            model=MODEL_NAME,
+            token_ids=tuple(token_ids),
+            max_tokens=self.settings.output_tokens,
+            ignore_eos=True,
+            sampling=Sampling(temperature=0),
+        )
+        pid = self.pid
+        before = processor.thread_cpu_s(pid)
+        used: dict[int, float] = {}
+        ttft_s = 0.0
+        start = time.perf_counter()
+        for event in self.world.generate(request):
+            if isinstance(event, Token):
+                if not ttft_s:
+                    ttft_s = time.perf_counter() - start
+                    used = processor.since(before, processor.thread_cpu_s(pid))
+                continue
+            return self._sample(event, ttft_s, used)
+        raise EngineFailure("the answer did not end")
+
+    def _sample(self, finished: Finished, ttft_s: float, used: dict[int, float]) -> Sample:
+        t = finished.timings
+        cpu_s = sum(used.values())
+        return Sample(
+            ttft_s=ttft_s,
+            token_ids=finished.token_ids,
+            decode_tokens_per_s=t.decode_tokens_per_s,
+            resident_ttft_s=None,
+            peak_bytes=machine.peak_resident_bytes(self.pid),
+            cpu_s=cpu_s,
+            read_bytes=t.load_bytes,
+            wait_s=max(0.0, ttft_s - t.prefill_s),
+            load_s=None,
+            prefill_s=t.prefill_s,
+            read_s=t.read_s,
+            decrypt_s=t.decrypt_s,
+            place_s=t.place_s,
+            compute_s=sum(s for thread, s in used.items() if thread in self._computing),
+            idle_s=_idle_s(ttft_s, cpu_s),
+            faults=t.faults,
+            fault_wait_s=t.fault_wait_s,
+        )
+
+    def close(self) -> None:
+        self.world.close()
+
+
+class SealedSide:
+    """The sealed model in a running world: cold, or with every segment resident."""
+
+    def __init__(self, name: str, world: SealedWorld, *, cold: bool) -> None:
+        self.name, self.cold = name, cold
+        self.kernels = "plain"
+        self._world = world
+        self._ids: list[int] = []
+
+    def ready(self, token_ids: list[int]) -> None:
+        self._ids = token_ids
+        machine.evict(self._world.model.source.sealed)
+        if self.cold:
+            self._world.empty()
+        else:
+            self._world.ask(token_ids)
+
+    def check(self) -> None:
+        if self.cold:
+            machine.check_cache(self._world.model.source.sealed, cached=False)
+
+    def go(self) -> Sample:
+        return self._world.ask(self._ids)
+
+    def done(self) -> None:
+        self._world.empty()
+
+
+def _idle_s(wall_s: float, cpu_s: float) -> float:
+    return max(0.0, len(os.sched_getaffinity(0)) * wall_s - cpu_s)
