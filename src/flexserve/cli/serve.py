@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import click
 from ..core import WorldStatus
 from ..errors import KeyPermissions, KeyProblem, Usage
 from ..worlds import WorldOptions, make_world
-from ..worlds.base import ModelSource
+from ..worlds.base import ModelSource, World
 from .common import (
     FILE,
     device_key_option,
@@ -24,8 +25,8 @@ from .common import (
     sigterm_interrupts,
     vendor_pub_option,
 )
-from .display import note, printable, seconds, warn
-from .world_options import admin_socket_option, model_source, world_options
+from .display import layout_note, note, printable, seconds, warn
+from .world_options import admin_socket_option, model_source, no_copy_option, world_options
 
 if TYPE_CHECKING:
     from ..server.gateway import Gateway
@@ -91,6 +92,13 @@ class ModelOption(click.ParamType[Any]):
     metavar="FILE",
     help="Answer only clients that send `Authorization: Bearer KEY` with the key in this file (0600).",
 )
+@click.option(
+    "--user",
+    metavar="NAME",
+    help="As root: who the gateway becomes when it is ready. Default: `flexserve` if there is such a user, else a "
+    "number nobody has.",
+)
+@no_copy_option
 @world_options
 @admin_socket_option
 def command(
@@ -103,6 +111,8 @@ def command(
     port: int,
     allowed_hosts: tuple[str, ...],
     api_key_file: Path | None,
+    user: str | None,
+    no_copy: bool,
     world_name: str,
     threads: int | None,
     context_tokens: int | None,
@@ -117,11 +127,12 @@ def command(
     names = [name for name, _, _ in models]
     if len(set(names)) < len(names):
         raise Usage("two models have the same name", hint="give each --model its own NAME=")
-    sources = [model_source(*model) for model in models]
+    sources = [model_source(*model, use_copy=not no_copy) for model in models]
     api_key = None if api_key_file is None else read_api_key(api_key_file)
     world = make_world(
         world_name, WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file)
     )
+    leave_root = _two_users(world, user)
 
     with ExitStack() as stack:
         # Both sockets first: a port in use should not be found out after loading models.
@@ -133,6 +144,7 @@ def command(
         gateway = Gateway(world)
         for source in sources:
             _register(gateway, source)
+        leave_root()
         status = world.status()
         loopback = is_loopback(sock)
         address = url(sock)
@@ -144,6 +156,38 @@ def command(
 
         hosts = HostRule(loopback=loopback, names=allowed_hosts)
         Server(gateway, sock, hosts=hosts, admin=admin, api_key=api_key).run(ready)
+
+
+def _two_users(world: World, name: str | None) -> Callable[[], None]:
+    """Prepare the gateway to be somebody else than the secure process; returns what makes it so, when it is ready.
+
+    Raises `Usage`, `EngineFailure`.
+    """
+    from ..worlds.linux.doctor import installed
+    from ..worlds.linux.hardening import harden_gateway
+    from ..worlds.linux.users import closed_to, gateway_account, may_change_user
+    from ..worlds.linux.world import LinuxWorld
+
+    harden_gateway()
+    if not may_change_user():
+        if name is not None:
+            raise Usage("--user is for a server that is started as root")
+        return lambda: None
+    account = gateway_account(name)
+    closed = closed_to(installed(), account.uid)
+    if closed is not None or not isinstance(world, LinuxWorld):
+        if closed is not None:
+            warn(
+                f"the gateway stays root: {closed} is closed to user {account.name}, who could not run FlexServe"
+            )
+        return lambda: None
+    world.start_through_another()
+
+    def leave() -> None:
+        world.leave_root(account.uid, account.gid)
+        note(f"the gateway is user {account.name} now, and the secure process another")
+
+    return leave
 
 
 def read_api_key(path: Path) -> bytes:
@@ -165,8 +209,11 @@ def _register(gateway: Gateway, source: ModelSource) -> None:
     info = gateway.register(source)
     note(
         f"{source.name}: {printable(info.model_id)} version {info.model_version}, "
-        f"{human_bytes(info.weight_bytes)}, registered in {seconds(time.monotonic() - before)}"
+        f"{human_bytes(info.weight_bytes)}{', execution layout' if info.execution_layout else ''}, "
+        f"registered in {seconds(time.monotonic() - before)}"
     )
+    if info.layout_hint:
+        note(layout_note(info))
 
 
 def _say_ready(address: str, names: list[str], status: WorldStatus) -> None:

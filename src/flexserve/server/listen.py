@@ -7,6 +7,7 @@ its server is alive, so that a socket left by a crash is replaced and one in use
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import ipaddress
@@ -150,5 +151,8 @@ class AdminSocket:
         """Stop listening and remove the socket. May be called twice."""
         self.socket.close()
         if not self._lock.closed:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(
+                PermissionError
+            ):  # made as root, closed as another: the next start removes it
+                self.path.unlink(missing_ok=True)
             self._lock.close()

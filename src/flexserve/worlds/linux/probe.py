@@ -27,7 +27,7 @@ from ...errors import EngineFailure, FlexServeError
 from ...sealed.keyfile import write_key
 from ...sealed.keys import DeviceKey
 from .channel import Configure, Failed, Ready
-from .world import SecureProcess
+from .process import SecureProcess
 
 TIMEOUT_S = 60.0
 FILES = ("mem", "maps", "environ", "auxv")  # of /proc/PID

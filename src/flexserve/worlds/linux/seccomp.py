@@ -60,8 +60,8 @@ MACHINES = {"x86_64": Machine(0xC000003E, 0), "aarch64": Machine(0xC00000B7, 1)}
 # name: (x86-64, aarch64); None where the architecture does not have the call.
 NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "accept": (43, 202), "accept4": (288, 242), "add_key": (248, 217), "arch_prctl": (158, None),
-    "bind": (49, 200), "bpf": (321, 280), "brk": (12, 214), "cachestat": (451, 451), "capset": (126, 91), "chdir": (80, 49),
-    "chmod": (90, None), "chown": (92, None), "chroot": (161, 51), "clock_getres": (229, 114),
+    "bind": (49, 200), "bpf": (321, 280), "brk": (12, 214), "cachestat": (451, 451), "capset": (126, 91),
+    "chdir": (80, 49), "chmod": (90, None), "chown": (92, None), "chroot": (161, 51), "clock_getres": (229, 114),
     "clock_gettime": (228, 113), "clock_nanosleep": (230, 115), "clone": (56, 220), "clone3": (435, 435),
     "close": (3, 57), "close_range": (436, 436), "connect": (42, 203), "creat": (85, None),
     "delete_module": (176, 106), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24),

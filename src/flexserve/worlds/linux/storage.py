@@ -51,3 +51,61 @@ def read_licence(path: Path) -> bytes:
         raise NotFound(f"there is no licence {path}") from None
     except OSError as error:
         raise StorageFailure(f"cannot read {path}: {error.strerror}") from error
+
+
+def given_away(state: Path, uid: int, gid: int) -> Path:
+    """Make the directory of root's device state another user's: its name from now on, which works even where that
+    user may not enter what lies above. Raises `StorageFailure`."""
+    directory = state.parent
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        os.fchown(fd, uid, gid)
+        for path in (state, state.with_suffix(".lock")):
+            with contextlib.suppress(FileNotFoundError):
+                os.chown(path, uid, gid, follow_symlinks=False)
+    except OSError as error:
+        raise StorageFailure(f"cannot give {directory} to user {uid}: {error.strerror}") from error
+    return Path(f"/proc/self/fd/{fd}")
+
+
+class Storage:
+    """Opens what the normal side reads, also when it may not open it any more: a gateway that was root keeps
+    descriptors of its models, for when the secure process has to be started again."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Path, list[int]] = {}
+        self._copies: dict[Path, list[int] | None] = {}
+        self._licences: dict[Path, bytes] = {}
+
+    def keep(self, source: ModelSource) -> None:
+        """Open a model's files now, for later. Raises as opening them does."""
+        self._kept[source.sealed] = open_sealed(source.sealed)
+        self._copies[source.sealed] = open_copy(source)
+        self._licences[source.licence] = read_licence(source.licence)
+
+    def open_sealed(self, path: Path) -> list[int]:
+        """As the function; the caller closes the descriptors."""
+        return _duplicates(self._kept[path]) if path in self._kept else open_sealed(path)
+
+    def open_copy(self, source: ModelSource) -> list[int] | None:
+        """As the function; the caller closes the descriptors."""
+        if source.sealed not in self._copies:
+            return open_copy(source)
+        kept = self._copies[source.sealed]
+        return None if kept is None else _duplicates(kept)
+
+    def read_licence(self, path: Path) -> bytes:
+        """As the function."""
+        return self._licences[path] if path in self._licences else read_licence(path)
+
+    def close(self) -> None:
+        """Forget what was kept; may be called twice."""
+        for descriptors in (*self._kept.values(), *self._copies.values()):
+            for fd in descriptors or ():
+                os.close(fd)
+        for kept in (self._kept, self._copies, self._licences):
+            kept.clear()
+
+
+def _duplicates(descriptors: list[int]) -> list[int]:
+    return [os.dup(fd) for fd in descriptors]

@@ -47,8 +47,8 @@ _DESCRIPTORS = (
 )  # fmt: skip
 # On descriptors it was given, and threads of its own.
 _ENGINE = (
-    "preadv", "preadv2", "pwrite64", "pwritev", "pwritev2", "readahead", "fadvise64", "cachestat", "ftruncate", "fallocate",
-    "fsync", "fdatasync", "sync_file_range", "dup", "dup2", "dup3", "pipe2", "eventfd2", "epoll_create1",
+    "preadv", "preadv2", "pwrite64", "pwritev", "pwritev2", "readahead", "fadvise64", "cachestat", "ftruncate",
+    "fallocate", "fsync", "fdatasync", "sync_file_range", "dup", "dup2", "dup3", "pipe2", "eventfd2", "epoll_create1",
     "epoll_ctl", "epoll_wait", "epoll_pwait", "mincore", "mlock", "mlock2", "munlock", "userfaultfd",
     "memfd_secret", "sched_setaffinity", "sched_getparam", "sched_getscheduler", "sched_get_priority_max",
     "sched_get_priority_min", "getpriority", "setpriority", "wait4", "waitid", "rt_sigtimedwait",

@@ -11,10 +11,6 @@ import dataclasses
 import itertools
 import os
 import queue
-import signal
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +32,6 @@ from ...sealed.trust import default_trust_dir
 from ..base import ModelSource
 from .channel import (
     Cancel,
-    Channel,
     ChannelBroken,
     Configure,
     Ended,
@@ -53,9 +48,11 @@ from .channel import (
     Reported,
     Status,
     Tokens,
-    ToNormal,
 )
-from .storage import open_copy, open_sealed, read_licence
+from .process import SecureProcess
+from .starter import Starter
+from .storage import Storage, given_away
+from .users import become
 
 _Answer = TypeVar("_Answer")
 
@@ -104,45 +101,6 @@ class LinuxGeneration:
     def push(self, item: Event | FlexServeError) -> None:
         """For the world only."""
         self._items.put(item)
-
-
-class SecureProcess:
-    """One life of the secure process."""
-
-    def __init__(self, hardened: bool, leaked: tuple[int, ...] = ()) -> None:
-        """`leaked`: descriptors it inherits by mistake, for doctor and tests."""
-        ours, theirs = socket.socketpair()
-        # -S: site is loaded by launch.py. -B: it writes no file, compiled modules neither.
-        launch = Path(__file__).with_name("launch.py")
-        arguments = [sys.executable, "-I", "-S", "-B", str(launch), str(theirs.fileno())]
-        environment = {"GGML_NO_BACKTRACE": "1"}  # or an abort would start a debugger
-        if "CREDENTIALS_DIRECTORY" in os.environ:
-            environment["CREDENTIALS_DIRECTORY"] = os.environ["CREDENTIALS_DIRECTORY"]
-        if not hardened:
-            arguments.append("--insecure-no-hardening")
-        self.popen = subprocess.Popen(
-            arguments,
-            pass_fds=(theirs.fileno(), *leaked),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL if hardened else None,  # a crash report may quote what it crashed on
-        )
-        theirs.close()
-        self.channel = Channel(ours, ToNormal)
-
-    def end(self) -> str:
-        """Make sure it is gone; how it ended."""
-        self.channel.shut()
-        try:
-            status = self.popen.wait(5)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            status = self.popen.wait()
-        self.channel.close()
-        if status < 0:
-            return f"killed by {signal.Signals(-status).name}"
-        return f"exit status {status}"
 
 
 class LinuxWorld:
@@ -195,6 +153,31 @@ class LinuxWorld:
         self._serving = False  # the process runs and has its models
         self._closing = False
         self._thread: threading.Thread | None = None
+        self._storage = Storage()
+        self._state_directory: Path | None = None  # None: where this user keeps it
+        self._starter: Starter | None = None
+
+    # Two users: for a server that is started as root
+
+    def start_through_another(self) -> None:
+        """Have secure processes started by a process that stays root, since this one will not. Before `start`."""
+        self._starter = Starter(self._configure)
+
+    def leave_root(self, uid: int, gid: int) -> None:
+        """Become this user for good, keeping what restarts need. After `start_through_another` and registering.
+
+        Raises `EngineFailure`, `StorageFailure`.
+        """
+        assert self._starter is not None
+        with self._registering:
+            for source in self._sources.values():
+                self._storage.keep(source)
+            self._state_directory = given_away(self._state_path(), uid, gid)
+            become(uid, gid)
+
+    def _state_path(self) -> Path:
+        path = statefile.state_path(self._device_key_id)
+        return path if self._state_directory is None else self._state_directory / path.name
 
     # The World protocol
 
@@ -260,6 +243,9 @@ class LinuxWorld:
             process.channel.shut()
         if self._thread is not None:
             self._thread.join()
+        if self._starter is not None:
+            self._starter.close()
+        self._storage.close()
 
     @property
     def pid(self) -> int | None:
@@ -323,10 +309,10 @@ class LinuxWorld:
         there is nothing to repack, `StorageFailure`; then `out` is as it was.
         """
         with replacing(out) as target:
-            descriptors = open_sealed(source.sealed)
+            descriptors = self._storage.open_sealed(source.sealed)
             try:
-                licence = read_licence(source.licence)
-                path = statefile.state_path(self._device_key_id)
+                licence = self._storage.read_licence(source.licence)
+                path = self._state_path()
                 with statefile.locked(path):
                     state = statefile.load(path)
                     answer = self._call(
@@ -343,11 +329,11 @@ class LinuxWorld:
         return answer.copy
 
     def _register(self, source: ModelSource, process: SecureProcess) -> ModelInfo:
-        descriptors = open_sealed(source.sealed)
-        copies = open_copy(source)
+        descriptors = self._storage.open_sealed(source.sealed)
+        copies = self._storage.open_copy(source)
         try:
-            licence = read_licence(source.licence)
-            path = statefile.state_path(self._device_key_id)
+            licence = self._storage.read_licence(source.licence)
+            path = self._state_path()
             with statefile.locked(path):
                 state = statefile.load(path)
                 answer = self._call(
@@ -383,11 +369,15 @@ class LinuxWorld:
 
     def _begin(self) -> None:
         """Start the process and configure it. Raises what keeps it from running."""
-        process = SecureProcess(self._configure.hardened)
+        if self._starter is None:
+            process = SecureProcess(self._configure.hardened)
+        else:
+            process = SecureProcess(self._configure.hardened, starter=self._starter)
         timer = threading.Timer(START_TIMEOUT_S, process.popen.kill)
         timer.start()
         try:
-            process.channel.send(self._configure)
+            if self._starter is None:
+                process.channel.send(self._configure)
             answer = process.channel.receive()
         except (OSError, ChannelBroken):
             answer = None
