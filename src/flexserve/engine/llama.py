@@ -22,6 +22,7 @@ from ..core import Sampling
 from ..errors import EngineFailure, InvalidRequest, ModelUnsupported
 from ..flexmem import ggml, repack
 from .spans import ControlToken, ControlTokens
+from .threads import BoundThreads, bind
 
 BATCH_TOKENS = 512  # llama.cpp's logical and physical batch: batch boundaries matter for bit equality
 PENALTY_TOKENS = 64
@@ -229,6 +230,7 @@ class Context:
             raise ModelUnsupported(
                 f"llama.cpp cannot make a context of {options.context_tokens} tokens: {_why()}"
             )
+        self._threads: BoundThreads | None = bind(self.handle, options.threads)
         self.context_tokens = int(api.llama_n_ctx(self.handle))
         self.used = 0
 
@@ -265,6 +267,8 @@ class Context:
             self.clear()
             api.llama_free(self.handle)
             self.handle = None
+            if self._threads:
+                self._threads.close()
 
 
 class Sampler:

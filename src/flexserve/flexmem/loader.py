@@ -28,6 +28,7 @@ from .uffd import Userfaultfd
 WORKERS = 3  # with one read each in flight, enough to keep storage busy while another decrypts
 FAULT_TIMEOUT_S = 60.0  # storage that is silent for longer ends the request
 WATCH_PERIOD_S = 1.0
+PROCESSORS = frozenset(os.sched_getaffinity(0))  # this process's, when no thread is bound yet
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ class Loader:
         return None
 
     def _work(self) -> None:
+        _go_anywhere()
         staging = Staging()
         try:
             while (span := self._next(staging)) is not None:
@@ -228,6 +230,7 @@ class Loader:
     # Faults
 
     def _handle(self) -> None:
+        _go_anywhere()
         try:
             self._serve_faults()
         except BaseException as error:
@@ -286,3 +289,8 @@ class Loader:
             thread.join()
         os.close(self._stop_read)
         os.close(self._stop_write)
+
+
+def _go_anywhere() -> None:
+    """Whoever made this thread may be a compute thread, which is bound to its processor."""
+    os.sched_setaffinity(0, PROCESSORS)
