@@ -32,6 +32,11 @@ def note(text: str) -> None:
     click.echo(click.style(text, dim=True) if _styled() else text, err=True)
 
 
+def layout_note(info: ModelInfo) -> str:
+    """Why a model is not in execution layout, in one line."""
+    return f"{printable(info.name)}: plain layout; {printable(info.layout_hint)}"
+
+
 def warn(text: str) -> None:
     """A line nobody should miss, on stderr."""
     text = f"warning: {text}"

@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "license": ("license", "let one device use a sealed model"),
     "inspect": ("inspect", "show what a sealed model says about itself, without any key"),
     "verify": ("verify", "check every byte of a sealed model"),
+    "optimize": ("optimize", "make this device's own, faster copy of a sealed model"),
     "bench": ("bench", "measure"),
     "doctor": ("doctor", "say what this machine can protect, and against whom"),
 }

@@ -27,7 +27,7 @@ from ..errors import (
     Usage,
 )
 from ..worlds import WorldOptions, make_world
-from ..worlds.base import Generation
+from ..worlds.base import Generation, ModelSource
 from .common import (
     FILE,
     device_key_option,
@@ -36,8 +36,8 @@ from .common import (
     sigterm_interrupts,
     vendor_pub_option,
 )
-from .display import breakdown, note, summary, write_answer
-from .world_options import admin_socket_option, model_source, world_options
+from .display import breakdown, layout_note, note, summary, write_answer
+from .world_options import admin_socket_option, model_source, no_copy_option, world_options
 
 DEFAULTS = Sampling()
 EXIT_INTERRUPTED = 130  # as shells report SIGINT
@@ -120,6 +120,14 @@ class _Settings:
 @click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable. Default: a fresh one.")
 @click.option("--max-tokens", type=int, metavar="N", help="Default: as many as fit the context.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable.")
+@click.option(
+    "--copy",
+    "copy",
+    type=FILE,
+    metavar="FILE",
+    help="The device's own copy of the model (`flexserve optimize`). Default: the .flexcopy beside it.",
+)
+@no_copy_option
 @world_options
 @admin_socket_option
 @click.option(
@@ -144,6 +152,8 @@ def command(
     seed: int | None,
     max_tokens: int | None,
     stop: tuple[str, ...],
+    copy: Path | None,
+    no_copy: bool,
     world_name: str,
     threads: int | None,
     context_tokens: int | None,
@@ -156,6 +166,8 @@ def command(
     MODEL is a sealed model file, started for this call, or the name of a model that a running server has.
     The answer goes to stdout as it comes, a line about its times to stderr.
     """
+    if no_copy and copy is not None:
+        raise Usage("--copy and --no-copy exclude each other")
     if raw and system is not None:
         raise Usage("--raw has no place for a system message", hint="leave out --raw or --system")
     sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
@@ -168,7 +180,9 @@ def command(
     with sigterm_interrupts():
         if _is_file(model):
             options = WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file)
-            opened = _own_world(world_name, options, Path(model), licence)
+            path = Path(model)
+            source = model_source(path.stem[:128], path, licence, copy=copy, use_copy=not no_copy)
+            opened = _own_world(world_name, options, source)
         else:
             opened = _server(model, admin_socket)
         with opened as started:
@@ -201,18 +215,18 @@ def _prompt(argument: str | None) -> str | None:
 
 
 @contextmanager
-def _own_world(
-    world_name: str, options: WorldOptions, sealed: Path, licence: Path | None
-) -> Iterator[_Started]:
+def _own_world(world_name: str, options: WorldOptions, source: ModelSource) -> Iterator[_Started]:
     """A world for this call, with the model registered."""
-    source = model_source(sealed.stem[:128], sealed, licence)
     world = make_world(world_name, options)
     try:
         begun = time.monotonic()
         world.start()
         started = time.monotonic()
-        world.register(source)
-        yield _Started(world, source.name, started - begun, time.monotonic() - started)
+        info = world.register(source)
+        registered = time.monotonic()
+        if info.layout_hint:
+            note(layout_note(info))
+        yield _Started(world, source.name, started - begun, registered - started)
     finally:
         world.close()
 

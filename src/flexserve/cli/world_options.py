@@ -57,7 +57,18 @@ def admin_socket_option(function: F) -> F:
     )(function)
 
 
-def model_source(name: str, sealed: Path, licence: Path | None) -> ModelSource:
+def no_copy_option(function: F) -> F:
+    """`--no-copy`, argument `no_copy`."""
+    return click.option(
+        "--no-copy",
+        is_flag=True,
+        help="Use the sealed model itself, not the device's own copy (`flexserve optimize`).",
+    )(function)
+
+
+def model_source(
+    name: str, sealed: Path, licence: Path | None, *, copy: Path | None = None, use_copy: bool = True
+) -> ModelSource:
     """The model and its licence: by default the .lic beside the .flex. Raises `NotFound`."""
     if not sealed.exists():
         raise NotFound(f"there is no sealed model {sealed}")
@@ -70,4 +81,4 @@ def model_source(name: str, sealed: Path, licence: Path | None) -> ModelSource:
             )
     elif not licence.exists():
         raise NotFound(f"there is no licence {licence}")
-    return ModelSource(name, sealed, licence)
+    return ModelSource(name, sealed, licence, copy, use_copy)
