@@ -16,7 +16,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 from ..errors import EngineFailure, FlexServeError
@@ -98,8 +98,9 @@ class Loader:
             self._handler = threading.Thread(target=self._handle, name=f"fault-{name}", daemon=True)
             self._threads.append(self._handler)
             self._threads.append(threading.Thread(target=self._watch, name=f"watch-{name}", daemon=True))
-        for thread in self._threads:
-            thread.start()
+        with _unbound():
+            for thread in self._threads:
+                thread.start()
 
     @property
     def on_demand(self) -> bool:
@@ -170,7 +171,6 @@ class Loader:
         return None
 
     def _work(self) -> None:
-        _go_anywhere()
         staging = Staging()
         try:
             while (span := self._next(staging)) is not None:
@@ -230,7 +230,6 @@ class Loader:
     # Faults
 
     def _handle(self) -> None:
-        _go_anywhere()
         try:
             self._serve_faults()
         except BaseException as error:
@@ -291,6 +290,12 @@ class Loader:
         os.close(self._stop_write)
 
 
-def _go_anywhere() -> None:
-    """Whoever made this thread may be a compute thread, which is bound to its processor."""
+@contextlib.contextmanager
+def _unbound() -> Iterator[None]:
+    """Threads started here may run on every processor, even if this one is a compute thread, which is bound."""
+    mine = os.sched_getaffinity(0)
     os.sched_setaffinity(0, PROCESSORS)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
