@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
+import weakref
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -19,6 +20,8 @@ from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.utils import Buffer
+
+from .secret import SecretBytes, wipe, wiping
 
 KEY_BYTES = 32
 TAG_BYTES = 16
@@ -77,7 +80,7 @@ def unwrap(key: ec.EllipticCurvePrivateKey, wrapped: bytes, info: bytes) -> byte
     return _HPKE.decrypt(wrapped, key, info)
 
 
-def derive(ikm: bytes, salt: bytes, info: bytes, length: int = KEY_BYTES) -> bytes:
+def derive(ikm: Buffer, salt: bytes, info: bytes, length: int = KEY_BYTES) -> bytes:
     """HKDF-SHA256."""
     return HKDF(hashes.SHA256(), length, salt, info).derive(ikm)
 
@@ -94,7 +97,7 @@ def commits_to(commitment: bytes, model_key: bytes, sealing_id: bytes) -> bool:
 class SegmentCipher:
     """Encrypts and decrypts the segments of one sealing. Thread-safe; both directions release the GIL."""
 
-    __slots__ = ("_aad", "_aead")
+    __slots__ = ("__weakref__", "_aad", "_aead", "_key")
 
     def __init__(
         self,
@@ -105,16 +108,41 @@ class SegmentCipher:
         magic: bytes = b"FLEXSEAL",
     ) -> None:
         """`model_id` is the 64-byte field; `magic` the file's."""
-        self._aead = AESGCM(derive(model_key, sealing_id, b"flexserve/v1/segment-key"))
+        with wiping():
+            key = derive(model_key, sealing_id, b"flexserve/v1/segment-key")
+        self._key = SecretBytes(key)
+        wipe(key)
+        self._aead: AESGCM | None = None  # with the key's schedule in ordinary memory
+        _ciphers.add(self)
         # The constant part of the associated data, by region kind.
         self._aad = [struct.pack("<8sII64sQ", magic, 1, kind, model_id, model_version) for kind in range(4)]
 
     def encrypt_into(self, kind: int, index: int, plaintext: Buffer, length: int, out: Buffer) -> None:
         """`out` takes ciphertext and tag: `length` + 16 bytes."""
         aad = self._aad[kind] + _INDEX_AND_LENGTH(index, length)
-        self._aead.encrypt_into(index.to_bytes(12, "little"), plaintext, aad, out)
+        (self._aead or self._ready()).encrypt_into(index.to_bytes(12, "little"), plaintext, aad, out)
 
     def decrypt_into(self, kind: int, index: int, ciphertext: Buffer, length: int, out: Buffer) -> None:
         """`ciphertext` ends with the tag. Raises `InvalidTag`, and then `out` holds unauthenticated bytes."""
         aad = self._aad[kind] + _INDEX_AND_LENGTH(index, length)
-        self._aead.decrypt_into(index.to_bytes(12, "little"), ciphertext, aad, out)
+        (self._aead or self._ready()).decrypt_into(index.to_bytes(12, "little"), ciphertext, aad, out)
+
+    def _ready(self) -> AESGCM:
+        key = bytearray(self._key.view())
+        aead = AESGCM(key)
+        wipe(key)  # the library has its schedule, and keeps the object only
+        self._aead = aead
+        return aead
+
+    def rest(self) -> None:
+        """Forget the key's schedule until it is needed again; whoever uses it now is not disturbed."""
+        self._aead = None
+
+
+_ciphers: weakref.WeakSet[SegmentCipher] = weakref.WeakSet()
+
+
+def rest_ciphers() -> None:
+    """Let all of this process rest: when an answer has ended, nobody decrypts for a while."""
+    for cipher in list(_ciphers):
+        cipher.rest()

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from ..errors import KeyPermissions, KeyProblem, NotFound, PassphraseWrong, StorageFailure, Usage
 from .keys import DeviceKey, VendorKey
+from .secret import wipe
 
 MAX_KEY_FILE_BYTES = 16 << 10
 SCRYPT_LOG2_N = 17  # 128 MiB, about 0.3 s
@@ -144,12 +145,18 @@ def _key(make: Callable[[bytes], K], secret: bytes, source: str) -> K:
         return make(secret)
     except ValueError:
         raise KeyProblem(f"{source} does not hold P-256 keys") from None
+    finally:
+        wipe(secret)
 
 
 def _load(source: str, kind: Kind, passphrase: Passphrase | None) -> tuple[bytes, str]:
     credential = source.startswith("credential:")
     path = _credential(source.removeprefix("credential:")) if credential else Path(source)
-    return decode_key(_read_secret(path, credential=credential), kind, source, passphrase), source
+    data = _read_secret(path, credential=credential)
+    try:
+        return decode_key(data, kind, source, passphrase), source
+    finally:
+        wipe(data)
 
 
 def _credential(name: str) -> Path:
@@ -171,7 +178,7 @@ def _read_secret(path: Path, *, credential: bool) -> bytes:
         raise NotFound(f"there is no key file {path}") from None
     except OSError as error:
         raise StorageFailure(f"cannot open {path}: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
+    with os.fdopen(fd, "rb", buffering=0) as file:  # no buffer of Python's, which nobody could wipe
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise KeyProblem(f"{path} is not a regular file")

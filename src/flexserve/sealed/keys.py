@@ -9,11 +9,20 @@ from typing import Self
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_private_key,
+    load_pem_public_key,
+)
 
 from ..errors import KeyProblem
 from . import crypto
+from .secret import SecretBytes, wipe, wiping
 
+# ECPrivateKey of RFC 5915, without the public point, around the 32 bytes of the scalar.
+_DER_BEFORE = bytes.fromhex("30310201010420")
+_DER_AFTER = bytes.fromhex("a00a06082a8648ce3d030107")
 _SECRET_SALT = b"flexserve/v1/device-secret"
 
 
@@ -116,20 +125,26 @@ class VendorKey:
 
 
 class DeviceKey:
-    """A device's secret: opens licences, and everything the device derives for itself comes from it."""
+    """A device's secret: opens licences, and everything the device derives for itself comes from it.
 
-    def __init__(self, key: ec.EllipticCurvePrivateKey) -> None:
-        self._key = key
-        self.public = DevicePublicKey(key.public_key())
+    Kept in secret memory; in ordinary memory only while it is used.
+    """
+
+    def __init__(self, secret: SecretBytes) -> None:
+        """Raises `ValueError`."""
+        self._secret = secret
+        self.public = DevicePublicKey(self._key().public_key())
 
     @classmethod
     def generate(cls) -> Self:
-        return cls(ec.generate_private_key(ec.SECP256R1()))
+        return cls(SecretBytes(_scalar(ec.generate_private_key(ec.SECP256R1()))))
 
     @classmethod
     def from_secret(cls, secret: bytes) -> Self:
         """From the 32 bytes of a key file. Raises `ValueError`."""
-        return cls(_private(secret))
+        if len(secret) != 32:
+            raise ValueError("a P-256 scalar has 32 bytes")
+        return cls(SecretBytes(secret))
 
     @property
     def key_id(self) -> bytes:
@@ -137,15 +152,29 @@ class DeviceKey:
 
     @property
     def secret(self) -> bytes:
-        return _scalar(self._key)
+        return bytes(self._secret.view())
 
     def unwrap(self, wrapped: bytes, info: bytes) -> bytes:
         """The reverse of `DevicePublicKey.wrap`. Raises `cryptography.exceptions.InvalidTag`."""
-        return crypto.unwrap(self._key, wrapped, info)
+        with wiping():
+            return crypto.unwrap(self._key(), wrapped, info)
 
     def derive(self, info: bytes, length: int = 32) -> bytes:
         """A key of this device for one purpose, named by `info` (state file, saved sessions)."""
-        return crypto.derive(_scalar(self._key), _SECRET_SALT, info, length)
+        with wiping():
+            return crypto.derive(self._secret.view(), _SECRET_SALT, info, length)
+
+    def _key(self) -> ec.EllipticCurvePrivateKey:
+        """For one use. From DER and not from a number: Python's integers cannot be wiped."""
+        der = bytearray(_DER_BEFORE + bytes(32) + _DER_AFTER)
+        der[len(_DER_BEFORE) : -len(_DER_AFTER)] = self._secret.view()
+        try:
+            with wiping():
+                key = load_der_private_key(der, None)
+        finally:
+            wipe(der)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return key
 
 
 def _private(scalar: bytes) -> ec.EllipticCurvePrivateKey:

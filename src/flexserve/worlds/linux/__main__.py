@@ -11,6 +11,7 @@ import sys
 from ...engine.template import TemplateZygote
 from ...engine.template_process import Confine
 from ...errors import EngineFailure
+from ...sealed.secret import use_ordinary_memory
 from .channel import Channel, ChannelBroken, Measures, ToSecure, failed
 from .hardening import (
     clean_environment,
@@ -54,6 +55,7 @@ def _run(channel: Channel, *, hardened: bool) -> None:
     if hardened:
         zygote = TemplateZygote(Confine(lambda: confine_nursery(user), confine_zygote, confine_template))
     else:
+        use_ordinary_memory()
         zygote = TemplateZygote()
     zygote.start()  # forks: before there are threads, keys or plaintext
     try:

@@ -101,6 +101,7 @@ class Measures(_Message):
     landlock: int = 0  # the kernel's version of it; 0: not used
     file_refused: bool = False  # opening a file was tried, in vain
     memory_locked: bool = False  # none of its pages is ever swapped
+    secret_memory: bool = False  # keys at rest are in memfd_secret
 
 
 class Ready(_Message):

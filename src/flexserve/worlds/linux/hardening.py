@@ -23,7 +23,7 @@ from . import landlock, seccomp, syscalls, users
 from .channel import Measures
 
 # A compute thread per core, each staying where it is: they wait for each other hundreds of times per token, and a
-# scheduler that puts two of them on one core (virtual machines that pack their processors do) makes them 3 times slower.
+# scheduler that puts two of them on one core (virtual machines that pack their processors) makes them 3 times slower.
 COMPUTE_THREADS = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38

@@ -29,11 +29,13 @@ from ...engine.template import TemplateZygote
 from ...errors import DeviceCopyRefused, EngineFailure, FlexServeError, ModelNotFound, ModelUnsupported
 from ...flexmem import repack
 from ...flexmem.uffd import UffdDeniedError, Userfaultfd
+from ...sealed.crypto import rest_ciphers
 from ...sealed.device_copy import open_copy
 from ...sealed.keyfile import load_device_key, read_passphrase_file
 from ...sealed.keys import DeviceKey, VendorPublicKey
 from ...sealed.licence import Licence, open_licence
 from ...sealed.reader import SealedModel
+from ...sealed.secret import is_secret, wipe
 from ...sealed.trust import TrustStore, read_public_key
 from .channel import (
     Cancel,
@@ -80,6 +82,7 @@ class SecureWorld:
         self._trusted = _trusted(configure)
         llama.start()
         self.measures = confine()
+        self.measures.secret_memory = is_secret()
         self.flexmem = "userfaultfd"
         if configure.on_demand:
             try:
@@ -203,7 +206,11 @@ class SecureWorld:
         if not message.descriptors:
             raise ChannelBroken("a model without a descriptor")
         sealed, licensed = self._open(descriptors[0], message.licence, message.state)
-        model = self._load(message, sealed, licensed, descriptors)
+        try:
+            model = self._load(message, sealed, licensed, descriptors)
+        finally:
+            wipe(licensed.model_key)
+            rest_ciphers()
         with self._lock:
             old = self._models.get(message.name)
             self._models[message.name] = model
@@ -265,9 +272,13 @@ class SecureWorld:
                 told = time.perf_counter()
                 self._channel.send(Progressed(message.call, done, total))
 
-        manifest = make_copy(
-            sealed, licensed.model_key, out, serial=licensed.serial, device=self.device, progress=progress
-        )
+        try:
+            manifest = make_copy(
+                sealed, licensed.model_key, out, serial=licensed.serial, device=self.device, progress=progress
+            )
+        finally:
+            wipe(licensed.model_key)
+            rest_ciphers()
         _close(descriptors)
         return Optimized(message.call, copy_info(sealed, manifest), licensed.state)
 
@@ -294,6 +305,7 @@ class SecureWorld:
             end = failed(error, request=request.id)  # type: ignore[assignment]
         except Exception as error:  # its text may quote a prompt: the type must do
             end = failed(EngineFailure(f"answering failed: {type(error).__name__}"), request=request.id)  # type: ignore[assignment]
+        rest_ciphers()
         with self._lock:
             self._running = None
             self._pending.discard(request.id)
