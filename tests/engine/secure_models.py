@@ -85,6 +85,12 @@ class Opener:
         self._opened.append(opened := Opened(model, gguf, flex, descriptors))
         return opened
 
+    def discard(self, opened: Opened) -> None:
+        """Close a model before the end, where many are opened."""
+        self._opened.remove(opened)
+        opened.close()
+        opened.flex.unlink()
+
     def close(self) -> None:
         for opened in self._opened:
             opened.close()

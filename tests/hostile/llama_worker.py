@@ -16,6 +16,9 @@ import llama_cpp
 TEXTS = (b"", b"\n", b"Hello  <|x|> \xc4\x80\xc4\x81", "é🙂 \t\x00end".encode())
 
 
+ENCODERS = (b"bert", b"nomic-bert")
+
+
 def use(path: str) -> str:
     params = llama_cpp.llama_model_default_params()
     params.use_mmap = False
@@ -25,6 +28,9 @@ def use(path: str) -> str:
     vocab = llama_cpp.llama_model_get_vocab(model)
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_threads, settings.n_threads_batch = 64, 32, 1, 1
+    arch = ctypes.create_string_buffer(64)
+    llama_cpp.llama_model_meta_val_str(model, b"general.architecture", arch, 64)
+    settings.embeddings = arch.value in ENCODERS
     context = llama_cpp.llama_init_from_model(model, settings)
     if not context:
         llama_cpp.llama_model_free(model)
@@ -40,7 +46,10 @@ def use(path: str) -> str:
     for tokens in ([0, last, 1], [last]):
         batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(tokens))(*tokens), len(tokens))
         if llama_cpp.llama_decode(context, batch) == 0:
-            llama_cpp.llama_get_logits_ith(context, -1)
+            if settings.embeddings:
+                llama_cpp.llama_get_embeddings_seq(context, 0)
+            else:
+                llama_cpp.llama_get_logits_ith(context, -1)
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)
     return "used"

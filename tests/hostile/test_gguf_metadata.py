@@ -160,7 +160,7 @@ def test_experts(experts: int, used: int, groups: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "known"), [("clip", False), ("bert", False), ("", False), ("../x", False), ("gpt-oss", True)]
+    ("arch", "known"), [("clip", False), ("t5", False), ("", False), ("../x", False), ("gpt-oss", True)]
 )
 def test_architectures(arch: str, known: bool) -> None:
     if known:
@@ -173,7 +173,9 @@ def test_what_is_no_whole_generative_model_is_unsupported() -> None:
     _refused(tiny_model().with_key("split.count", U16, 3), "one of 3 parts", ModelUnsupported)
     _refused(tiny_model().with_key("general.type", STRING, "adapter"), "adapter", ModelUnsupported)
     _refused(tiny_model().with_key("llama.attention.causal", BOOL, 0), "causal", ModelUnsupported)
-    _refused(tiny_model().with_key("llama.pooling_type", U32, 2), "embeddings", ModelUnsupported)
+    _refused(tiny_model().with_key("llama.pooling_type", U32, 4), "rank texts", ModelUnsupported)
+    _refused(tiny_model().with_key("llama.pooling_type", U32, 5), "pooling_type")
+    _check(tiny_model().with_key("llama.pooling_type", U32, 3))
     _check(tiny_model().with_key("split.count", U16, 1))
 
 
@@ -221,7 +223,8 @@ TOKENS = [chr(256 + i) for i in range(300)]
     ("key", "kind", "value", "element", "reason"),
     [
         ("model", U32, 1, None, "must be a string"),
-        ("model", STRING, "bert", None, "not supported"),
+        ("model", STRING, "bert", None, "token_type_count"),
+        ("model", STRING, "t5", None, "not supported"),
         ("model", STRING, "none", None, "not supported"),
         ("model", STRING, "llama", None, "no token for byte 0"),
         ("tokens", STRING, "x", None, "must be an array of strings"),

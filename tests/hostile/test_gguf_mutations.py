@@ -18,8 +18,9 @@ import pytest
 from flexserve.errors import FlexServeError
 from flexserve.sealed.gguf import check_model, describe, parse_header
 from flexserve.sealed.layout import plan_layout
-from flexserve.sealed.model_rules import REVIEWED
+from flexserve.sealed.model_rules import DENSE, REVIEWED
 
+from ..architectures import NARROW, case_of
 from ..sealed.gguf_bytes import (
     ARRAY,
     BOOL,
@@ -78,6 +79,19 @@ KEYS = """block_count context_length embedding_length feed_forward_length attent
     rope.scaling.yarn_ext_factor rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
     attn_logit_softcapping final_logit_softcapping attention.scale logit_scale residual_scale embedding_scale
     attention.max_alibi_bias attention.clamp_kqv rope.scaling.type rope.scaling.finetuned tensor_data_layout"""
+FAMILY_KEYS = {
+    "deepseek2": """attention.kv_lora_rank attention.q_lora_rank attention.key_length_mla block_count
+        attention.value_length_mla attention.key_length attention.value_length rope.dimension_count
+        attention.head_count_kv leading_dense_block_count expert_shared_count expert_feed_forward_length
+        expert_gating_func expert_weights_scale expert_weights_norm attention.temperature_scale
+        attention.temperature_length expert_group_count expert_group_used_count""",
+    "qwen3moe": """expert_count expert_used_count expert_feed_forward_length expert_gating_func expert_group_count
+        expert_group_used_count feed_forward_length""",
+    "mamba": "ssm.conv_kernel ssm.inner_size ssm.state_size ssm.time_step_rank ssm.dt_b_c_rms ssm.group_count",
+    "mamba2": "ssm.conv_kernel ssm.inner_size ssm.state_size ssm.time_step_rank ssm.group_count",
+    "bert": "attention.causal pooling_type context_length attention.layer_norm_epsilon classifier.output_labels",
+    "nomic-bert": "attention.causal pooling_type rope.dimension_count moe_every_n_layers attention.head_count_kv",
+}  # what each family has besides: changed as often as the keys that all have
 TOKENIZER_KEYS = """model pre tokens scores token_type merges bos_token_id eos_token_id eot_token_id unknown_token_id
     padding_token_id seperator_token_id add_bos_token add_eos_token add_sep_token add_space_prefix
     remove_extra_whitespaces precompiled_charsmap token_type_count suppress_tokens"""
@@ -106,6 +120,8 @@ PRES = (
 
 def whole_model(arch: str) -> File:
     """The tiny model with what its architecture needs besides."""
+    if arch not in DENSE:
+        return case_of(arch).make(NARROW)
     file = tiny_model(arch, layers=2, tied=arch in ("gemma", "gemma2"))
     for layer in range(2):
         block = f"blk.{layer}."
@@ -132,7 +148,8 @@ def mutate(file: File, arch: str, rng: random.Random) -> File:
 
 
 def _change_key(file: File, arch: str, rng: random.Random) -> File:
-    name = f"{arch}.{rng.choice(KEYS.split())}"
+    keys = FAMILY_KEYS.get(arch, KEYS) if rng.randrange(2) else KEYS
+    name = f"{arch}.{rng.choice(keys.split())}"
     kind = rng.choice((U32, U32, U32, F32, F32, BOOL, STRING, ARRAY, U16, U64, I32))
     if kind == STRING:
         return file.with_key(name, kind, rng.choice(("none", "linear", "yarn", "longrope", "x", "")))

@@ -48,6 +48,13 @@ def _q4_0(count: int, rng: np.random.Generator) -> Bytes:
     return blocks
 
 
+def _iq4_nl(count: int, rng: np.random.Generator) -> Bytes:
+    # f16 scale, 32 indices into a fixed table of -127 to 113, whose mean is -6: again a random sign
+    blocks = _noise(count, 18, rng)
+    blocks[:, 1] = blocks[:, 1] & 0x83 | 3 << 2
+    return blocks
+
+
 def _q4_k(count: int, rng: np.random.Generator) -> Bytes:
     # f16 scale, f16 scale of the minima, 8 + 8 packed 6-bit factors, 256 nibbles
     blocks = _noise(count, 144, rng)
@@ -84,6 +91,7 @@ _MAKERS: dict[str, Callable[[int, np.random.Generator], Bytes]] = {
     "F16": _f16,
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,
+    "IQ4_NL": _iq4_nl,
     "Q4_K": _q4_k,
     "Q6_K": _q6_k,
 }

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..core import Finished, FinishReason, ModelInfo, ModelStatus, Request, Timings, Token
 from ..errors import ContextOverflow, InvalidRequest, ModelUnsupported
 from ..flexmem import ggml
@@ -25,10 +23,10 @@ from ..flexmem.source import SealedSource
 from ..flexmem.uffd import Userfaultfd
 from ..framework.order import Range, load_order
 from ..sealed.format import Region, RegionKind
-from ..sealed.gguf import GGUFHeader
-from ..sealed.layout import EMBEDDING, rows_to_units
+from ..sealed.layout import EMBEDDING, LEARNED_POSITIONS, rows_to_units
 from ..sealed.reader import UnlockedModel
 from ..sealed.verify import check_inside
+from .cache import cache_bytes
 from .layout import CopyFiles, places, would_gain
 from .llama import Context, ContextOptions, Model, Sampler
 from .prompt import prompt_tokens
@@ -104,14 +102,15 @@ class SecureModel:
             self._model = Model.from_skeleton(
                 meta, manifest.gguf_bytes, self._buffer_type, repacked=copy is not None
             )
-            context_tokens = options.context_tokens or min(
-                self._model.context_tokens or DEFAULT_CONTEXT_TOKENS, DEFAULT_CONTEXT_TOKENS
-            )
+            trained = self._model.context_tokens or DEFAULT_CONTEXT_TOKENS
+            context_tokens = options.context_tokens or min(trained, DEFAULT_CONTEXT_TOKENS)
+            if any(t.name == LEARNED_POSITIONS for t in header.tensors):  # there is no row for a later token
+                context_tokens = min(context_tokens, trained)
             _ = self._model.vocab.control_tokens  # made now, not while the first client waits
-            self._kv_bytes = _kv_bytes(header, context_tokens)
+            self._kv_bytes = cache_bytes(header, context_tokens)
             if self._kv_bytes > kv_limit_bytes():
                 raise ModelUnsupported(
-                    f"{context_tokens} tokens of this model take {self._kv_bytes >> 20} MiB of keys and values, "
+                    f"{context_tokens} tokens of this model take {self._kv_bytes >> 20} MiB to remember, "
                     f"and this machine allows {kv_limit_bytes() >> 20} MiB",
                     hint="choose a smaller context",
                 )
@@ -143,7 +142,7 @@ class SecureModel:
             execution_layout=copy is not None,
         )
         self.would_gain = copy is None and would_gain(header)
-        self._kv_bytes = _kv_bytes(header, self._context.context_tokens)
+        self._kv_bytes = cache_bytes(header, self._context.context_tokens)
 
     # Answering
 
@@ -380,22 +379,3 @@ def kv_limit_bytes() -> int:
     """What one model's KV cache may take: half of the machine's memory. llama.cpp would ask for any amount, and
     a few megabytes of narrow weights can declare hundreds of gigabytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _kv_bytes(header: GGUFHeader, context_tokens: int) -> int:
-    """Keys and values in F16 for a full context, for architectures with ordinary attention."""
-
-    def number(key: str, default: int) -> int:
-        value = header.metadata.get(f"{header.architecture}.{key}", default)
-        if isinstance(value, np.ndarray):  # one for each layer
-            return int(value.max(initial=0))
-        return value if isinstance(value, int) else default
-
-    heads = number("attention.head_count", 0)
-    if not heads:
-        return 0
-    head = number("embedding_length", 0) // heads
-    per_token = number("attention.key_length", head) + number("attention.value_length", head)
-    return (
-        number("block_count", 0) * number("attention.head_count_kv", heads) * per_token * 2 * context_tokens
-    )

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 
 from ..core import PAGE_SIZE, ROW_UNIT_SIZE, SEGMENT_SIZE
 from ..errors import InvalidRequest, ModelMalformed
+from .family_rules import ENCODERS
 from .gguf import GGUFHeader, TensorInfo
 
 TENSOR_ALIGNMENT = 64  # ggml asks for 32; 64 is a cache line
 EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
+LEARNED_POSITIONS = "position_embd.weight"
 
 _LAYER = re.compile(r"(enc\.|dec\.)?blk\.([0-9]{1,6})\.(.+)")
 _HEAD_PREFIXES = ("output", "dec.output", "cls", "dense_2", "dense_3", "altup_unembd_proj", "nextn.", "d2t")
@@ -33,11 +35,11 @@ _INPUTS, _ENCODER, _ENCODER_END, _DECODER, _HEAD = range(5)
 # Within a layer, the order in which llama.cpp's graphs use the tensors. Those on one line are used together.
 _LAYER_ORDER = (
     "attn_norm attn_norm_2 ln1",
-    "attn_qkv attn_q_a attn_q_a_norm attn_q_b attn_q",
-    "attn_kv_a_mqa attn_kv_a_norm attn_kv_b attn_k_b attn_v_b attn_k",
-    "attn_v",
-    "attn_q_norm attn_k_norm attn_rot_embd attn_rel_b attn_sinks",
-    "ssm_in ssm_conv1d ssm_x ssm_dt ssm_a ssm_b_norm ssm_c_norm ssm_dt_norm ssm_d ssm_norm ssm_out",
+    "attn_qkv attn_q_a attn_q_a_norm attn_q_b attn_q attn_q_norm",
+    "attn_k_b attn_kv_a_mqa attn_kv_a_norm attn_kv_b attn_v_b",
+    "attn_v attn_k attn_k_norm",  # values before keys: the graph writes them to the cache first
+    "attn_rot_embd attn_rel_b attn_sinks",
+    "ssm_in ssm_conv1d ssm_x ssm_dt_norm ssm_b_norm ssm_c_norm ssm_dt ssm_a ssm_d ssm_norm ssm_out",
     "attn_gate attn_sub_norm attn_output attn_o attn_output_norm post_attention_norm",
     "cross_attn_norm cross_attn_q cross_attn_k cross_attn_v cross_attn_rel_b cross_attn_o",
     "ffn_norm",
@@ -113,7 +115,7 @@ def plan_layout(header: GGUFHeader) -> Layout:
         body_offset=body_offset,
         body_bytes=body_bytes,
         image_bytes=body_offset + body_bytes,
-        tied_output=OUTPUT not in names,
+        tied_output=OUTPUT not in names and header.architecture not in ENCODERS,
     )
 
 

@@ -21,14 +21,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ModelMalformed, ModelUnsupported
+from .family_rules import (
+    ENCODERS,
+    LATENT,
+    RECURRENT,
+    check_encoder,
+    check_latent,
+    check_mixture,
+    check_pooling,
+    check_recurrent,
+)
 from .ggml_types import TENSOR_TYPES
 from .tokenizer_rules import check_tokenizer
 
 if TYPE_CHECKING:
-    from .gguf import GGUFHeader, TensorInfo
+    from .gguf import GGUFHeader, TensorInfo, Value
 
 # Dense decoder-only transformers with one KV layout.
-REVIEWED = frozenset(
+DENSE = frozenset(
     [
         "llama",
         "mistral3",
@@ -44,18 +54,21 @@ REVIEWED = frozenset(
         "xverse",
     ]
 )
+MIXTURES = frozenset(("qwen3moe", "deepseek2"))
+REVIEWED = DENSE | MIXTURES | LATENT | RECURRENT | ENCODERS
 
 # llama.cpp can load these too and generate text from token ids alone (src/llama-arch.cpp).
 _NOT_REVIEWED = """
     llama4 deci falcon grok gpt2 gptneox mpt baichuan starcoder refact bloom stablelm qwen qwen2moe qwen2vl
-    qwen3moe qwen3next qwen3vl qwen3vlmoe qwen35 qwen35moe phi2 phimoe plamo plamo2 plamo3 codeshell orion
-    minicpm3 gemma3n gemma4 starcoder2 mamba mamba2 jamba falcon-h1 command-r cohere2
-    dbrx olmo olmo2 olmoe openelm arctic deepseek deepseek2 chatglm glm4 glm4moe bitnet jais jais2 nemotron
+    qwen3next qwen3vl qwen3vlmoe qwen35 qwen35moe phi2 phimoe plamo plamo2 plamo3 codeshell orion
+    minicpm3 gemma3n gemma4 starcoder2 jamba falcon-h1 command-r cohere2
+    dbrx olmo olmo2 olmoe openelm arctic deepseek chatglm glm4 glm4moe bitnet jais jais2 nemotron
     nemotron_h nemotron_h_moe exaone exaone4 exaone-moe rwkv6 rwkv6qwen2 rwkv7 arwkv7 granite granitemoe
     granitehybrid chameleon plm bailingmoe bailingmoe2 dots1 arcee afmoe ernie4_5 ernie4_5-moe hunyuan-moe
     hunyuan-dense gpt-oss lfm2 lfm2moe smallthinker seed_oss grovemoe apertus minimax-m2 cogvlm
     pangu-embedded mistral4 mimo2 step35 maincoder kimi-linear"""
-GENERATIVE = REVIEWED | frozenset(_NOT_REVIEWED.split())
+NOT_REVIEWED = frozenset(_NOT_REVIEWED.split())
+GENERATIVE = (REVIEWED - ENCODERS) | NOT_REVIEWED
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
@@ -69,9 +82,9 @@ _WHOLE_ROTATION = """apertus arcee arctic baichuan chameleon codeshell cogvlm db
     maincoder minicpm minimax-m2 mistral3 nemotron olmo olmo2 olmoe orion pangu-embedded plamo qwen2 qwen2moe
     qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe seed_oss smallthinker smollm3 starcoder2 xverse"""
 WHOLE_ROTATION = frozenset(_WHOLE_ROTATION.split())
-_HEADS_FILL_WIDTH = frozenset(("qwen2", "phi3", "internlm2", "xverse"))
-_MAY_HAVE_EXPERTS = frozenset(("llama", "mistral3", "minicpm"))  # of those reviewed
-_FACTORS = ("norm", "rope_f", "ssm_conv1d", "sinks")
+_HEADS_FILL_WIDTH = frozenset(("qwen2", "phi3", "internlm2", "xverse")) | ENCODERS
+_MAY_HAVE_EXPERTS = frozenset(("llama", "mistral3", "minicpm")) | MIXTURES  # of those reviewed
+_FACTORS = ("norm", "rope_f", "ssm_conv1d", "sinks", "token_types")
 _TABLES = ("tid2eid", "d2t", "masked_embd_ordering", "_ape")  # lookup tables of integers
 
 
@@ -92,8 +105,8 @@ def _check_general(header: GGUFHeader) -> str:
     arch = header.metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise ModelMalformed("key 'general.architecture' must be a string")
-    if arch not in GENERATIVE:
-        raise ModelUnsupported(f"architecture {arch[:64]!r} is not one FlexServe can generate text with")
+    if arch not in GENERATIVE | ENCODERS:
+        raise ModelUnsupported(f"architecture {arch[:64]!r} is not one FlexServe can compute with")
     kind = _scalar(header, "general.type", "model")
     if kind != "model":
         raise ModelUnsupported(f"key 'general.type' says {kind!r}: only whole models can be served")
@@ -141,20 +154,28 @@ class _Hyperparameters:
     def check(self) -> None:
         self.integer("context_length", 1, MAX_CONTEXT)
         width = self.integer("embedding_length", 1, MAX_WIDTH)
-        self._check_attention(width)
+        encoder = self.arch in ENCODERS
+        if self.arch in RECURRENT:
+            check_recurrent(self, width)
+        else:
+            self._check_attention(width)
+            self.per_layer("feed_forward_length", 1 if self.reviewed else 0, MAX_WIDTH)
         self._check_rope()
         self._check_experts()
-        self._check_norms()
-        self.per_layer("feed_forward_length", 1 if self.reviewed else 0, MAX_WIDTH)
+        self._check_norms("layer_norm_epsilon" if encoder else "layer_norm_rms_epsilon")
         self.integer("attention.sliding_window", 0, MAX_CONTEXT, default=0)
         self.integer("nextn_predict_layers", 0, 0 if self.reviewed else self.layers - 1, default=0)
-        if _scalar(self.header, f"{self.arch}.attention.causal", True) is not True:
+        if encoder:
+            check_encoder(self)
+        elif _scalar(self.header, f"{self.arch}.attention.causal", True) is not True:
             raise ModelUnsupported(f"key '{self.arch}.attention.causal': the model does not generate text")
-        if _scalar(self.header, f"{self.arch}.pooling_type", 0) != 0:
-            raise ModelUnsupported(f"key '{self.arch}.pooling_type': the model is for embeddings")
+        check_pooling(self, encoder=encoder)
         if self.reviewed:
             self.integer("embedding_length_out", width, width, default=width)
             self._check_sliding_window()
+
+    def value(self, name: str) -> Value | None:
+        return self.metadata.get(f"{self.arch}.{name}")
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         key = f"{self.arch}.{name}"
@@ -203,6 +224,11 @@ class _Hyperparameters:
         key = self.integer("attention.key_length", 1, 65536, default=default)
         value = self.integer("attention.value_length", 1, 65536, default=default)
         rotated = self.integer("rope.dimension_count", 0, 65536, default=key)
+        if self.arch in LATENT:
+            check_latent(self, heads=heads[0], groups=groups[0], key=key, value=value, rotated=rotated)
+            if rotated % 2:
+                raise ModelMalformed(f"key '{self.arch}.rope.dimension_count' is odd: {rotated}")
+            return
         whole = self.arch in WHOLE_ROTATION
         if rotated % 2 or not (rotated == key if whole else 2 * self.reviewed <= rotated <= key):
             raise ModelMalformed(
@@ -249,18 +275,22 @@ class _Hyperparameters:
         self.integer("expert_gating_func", 0, 4, default=0)
         if experts and not max(used):
             raise ModelMalformed(f"key '{self.arch}.expert_used_count' must be at least 1")
+        if self.arch in MIXTURES:
+            check_mixture(self)
         if groups > 1:
-            if experts % groups:
-                raise ModelMalformed(f"{experts} experts cannot be put into {groups} equal groups")
+            if experts % groups or experts // groups < 2:  # the best two of each group are compared
+                raise ModelMalformed(
+                    f"{experts} experts cannot be put into {groups} equal groups of two or more"
+                )
             self.integer("expert_group_used_count", 1, groups - 1)
         if experts and self.reviewed and self.arch not in _MAY_HAVE_EXPERTS:
             raise ModelMalformed(f"key '{self.arch}.expert_count': {self.arch} has no experts")
 
-    def _check_norms(self) -> None:
+    def _check_norms(self, needed: str) -> None:
         for name in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"):
             self._float(name, 0.0, 1.0)
-        if self.reviewed and f"{self.arch}.attention.layer_norm_rms_epsilon" not in self.metadata:
-            raise ModelMalformed(f"key '{self.arch}.attention.layer_norm_rms_epsilon' is missing")
+        if self.reviewed and f"{self.arch}.attention.{needed}" not in self.metadata:
+            raise ModelMalformed(f"key '{self.arch}.attention.{needed}' is missing")
 
     def _float(self, name: str, low: float, high: float) -> None:
         key = f"{self.arch}.{name}"
@@ -305,7 +335,8 @@ def _check_type(tensor: TensorInfo) -> None:
     if kind.name == "NVFP4":
         raise ModelUnsupported(f"tensor {tensor.name!r} has type NVFP4")
     vector = tensor.elements == tensor.shape[0] or tensor.name.endswith(".bias")
-    if (vector or any(part in tensor.name for part in _FACTORS)) and kind.name != "F32":
+    factor = any(part in tensor.name for part in _FACTORS) or tensor.name.endswith((".ssm_a", ".ssm_d"))
+    if (vector or factor) and kind.name != "F32":
         raise ModelMalformed(f"tensor {tensor.name!r} has type {kind.name}: vectors and norms must be F32")
     if not kind.matmul:
         raise ModelMalformed(f"tensor {tensor.name!r} has type {kind.name}: no type of a weight")

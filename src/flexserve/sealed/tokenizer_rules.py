@@ -28,7 +28,11 @@ _DEFAULTS: dict[str, tuple[int | None, int | None]] = {
     "llama": (1, 2),
     "gpt2": (11, 11),
     "gemma4": (None, None),
+    "bert": (101, None),
 }
+# What llama.cpp takes for the others of a WordPiece vocabulary, which it uses without asking whether they exist.
+_WORDPIECE_IDS = {"unknown": 100, "seperator": 102, "padding": 0}
+MAX_PIECE_BYTES = 256  # of WordPiece: llama.cpp tries every length up to the longest at every character
 _SPECIAL_IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask")  # sic: seperator
 _FILL_IDS = ("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle")
 
@@ -56,7 +60,9 @@ def check_tokenizer(header: GGUFHeader) -> int:
     scores = _numbers(header, "scores", "fi", count)
     if scores is not None and scores.dtype.kind == "f" and np.isnan(scores).any():
         raise ModelMalformed(f"key '{_PREFIX}scores' has an element that is not a number")
-    if kind == "llama":
+    if kind == "bert":
+        _check_wordpiece(header, tokens, types)
+    elif kind == "llama":
         for byte in range(256):
             if b"<0x%02X>" % byte not in known and bytes((byte,)) not in known:
                 raise ModelMalformed(f"the vocabulary has no token for byte {byte}")
@@ -106,6 +112,20 @@ def _check_types(tokens: StringArray, types: npt.NDArray[Any] | None) -> None:
             raise ModelMalformed(f"token {index} is marked as a byte, but names none") from None
 
 
+def _check_wordpiece(header: GGUFHeader, tokens: StringArray, types: npt.NDArray[Any] | None) -> None:
+    if tokens.max_bytes > MAX_PIECE_BYTES:
+        raise ModelMalformed(
+            f"key '{_PREFIX}tokens' has a piece of a word longer than {MAX_PIECE_BYTES} bytes"
+        )
+    if types is not None and (types == _BYTE).any():
+        raise ModelMalformed(
+            f"key '{_PREFIX}token_type' has bytes, which a vocabulary of word pieces has not"
+        )
+    count = header.metadata.get(_PREFIX + "token_type_count")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1 << 16:
+        raise ModelMalformed(f"key '{_PREFIX}token_type_count' must be 1 to 65536")
+
+
 def _check_merges(header: GGUFHeader) -> None:
     merges = header.metadata.get(_PREFIX + "merges")
     if not isinstance(merges, StringArray):
@@ -118,6 +138,8 @@ def _check_merges(header: GGUFHeader) -> None:
 
 def _check_special_ids(header: GGUFHeader, kind: str, count: int) -> None:
     present: dict[str, int | None] = dict(zip(("bos", "eos"), _DEFAULTS[kind], strict=True))
+    if kind == "bert":
+        present |= _WORDPIECE_IDS
     for name in _SPECIAL_IDS + _FILL_IDS:
         key = f"{_PREFIX}{name}_token_id"
         value = header.metadata.get(key)
@@ -126,6 +148,13 @@ def _check_special_ids(header: GGUFHeader, kind: str, count: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
             raise ModelMalformed(f"key {key!r} is {value!r}: it must be the id of one of {count} tokens")
         present[name] = value
+    for name in ("bos", *_WORDPIECE_IDS) if kind == "bert" else ():
+        token = present[name]
+        assert token is not None
+        if token >= count:
+            raise ModelMalformed(
+                f"key '{_PREFIX}{name}_token_id' is missing, and token {token} does not exist"
+            )
     for name, adds in (("bos", True), ("eos", False), ("seperator", False)):
         # without the key, whether a token is added depends on the kind of pre-tokenizer: assume it for bos
         key = f"{_PREFIX}add_{'sep' if name == 'seperator' else name}_token"
