@@ -308,6 +308,14 @@ class Busy(EngineFailure):
     default_hint = "send the request again later"
 
 
+class OutOfBudget(EngineFailure):
+    """The memory budget does not hold the request's keys and values, and no more memory was offered in time."""
+
+    code = "out_of_budget"
+    http_status = 503
+    default_hint = "raise the budget (`flexserve budget`), close other programs, or shorten the prompt"
+
+
 class StorageFailure(FlexServeError):
     """The operating system refused to read or write."""
 

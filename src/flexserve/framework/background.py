@@ -1,0 +1,123 @@
+"""What is done while nobody waits: stage 2 of reclamation, early saves, the lazy hand-over, storage's limit.
+
+*Stage 2* restores the best distribution of `caching.py` step by step: it loads what is missing from a model's
+prefix, and takes for it what is beyond anyone's share. *Asynchronous swapping*: an idle session is encrypted
+and written early, so that its memory is as cheap to take as weights (paper, section 5).
+"""
+
+from __future__ import annotations
+
+from . import reclaim
+from .caching import Distribution, distribute
+from .effects import ForgetSession, HandLazily, LoadRange, Priority, Why
+from .reclaim import Keep, Stage
+from .records import Records, SessionRecord
+from .tables import ModelState, RequestState, SegmentState, SegmentTrigger, SessionState, SessionTrigger
+
+SURPLUS = (Stage.SAVED_SESSIONS, Stage.IDLE_WEIGHTS, Stage.UNSAVED_SESSIONS)
+
+
+def best_distribution(records: Records) -> Distribution:
+    """Of the budget, without what requests use right now."""
+    budget = records.budget - records.kv_in_use()
+    return distribute(budget, records.model_uses(), records.session_uses(), records.now, records.settings)
+
+
+def work(records: Records) -> None:
+    """One step of each kind of background work that is due."""
+    if not any(r.state in (RequestState.PREPARING, RequestState.RUNNING) for r in records.active.values()):
+        save_early(records)
+        if calm_at(records) <= records.now:
+            restore_distribution(records)
+    hand_lazily(records)
+    limit_storage(records)
+
+
+def calm_at(records: Records) -> float:
+    """When the last pressure is long enough ago."""
+    return 0.0 if records.pressed_at is None else records.pressed_at + records.settings.calm_s
+
+
+def save_early(records: Records) -> None:
+    """Save the session that has been idle longest, if that is long."""
+    sessions = list(records.in_memory.values())
+    under_way = sum(s.state == SessionState.SAVING for s in sessions)
+    due = [s for s in sessions if (at := save_at(records, s)) is not None and at <= records.now]
+    room = max(records.settings.saves_at_once - under_way, 0)
+    for session in sorted(due, key=lambda s: (s.last_used, s.name))[:room]:
+        reclaim.save(records, session, Why.SAVE_EARLY)
+
+
+def save_at(records: Records, session: SessionRecord) -> float | None:
+    """When an idle, unsaved session is to be saved; None for the others."""
+    if session.state != SessionState.RESIDENT or session.readers:
+        return None
+    return max(session.last_used + records.settings.save_after_s, session.retry_at)
+
+
+def hand_lazily(records: Records) -> None:
+    """Weights nobody is using may be taken by the kernel without a call."""
+    for model in records.models.values():
+        at = lazy_at(records, model.name)
+        if at is not None and at <= records.now:
+            spans = model.weights.in_state(SegmentState.RESIDENT)
+            nbytes = records.move_segments(model, SegmentTrigger.HAND, spans)
+            records.do(HandLazily(model.name, model.weights.ranges(spans)), Why.NOBODY_USES_IT, nbytes=nbytes)
+
+
+def lazy_at(records: Records, name: str) -> float | None:
+    """When a model's firm weights are to be handed over; None when there are none, or it is in use."""
+    model = records.models[name]
+    if not records.settings.lazy or model.active or not model.weights.bytes_in[SegmentState.RESIDENT]:
+        return None
+    if model.weights.bytes_in[SegmentState.LOADING]:
+        return None
+    return model.usage.last_used + records.settings.lazy_after_s
+
+
+def restore_distribution(records: Records) -> None:
+    """Stage 2, one step: the most invoked model that lacks a part of its prefix gets the next piece of it."""
+    best = records.distribution = best_distribution(records)
+    keep = Keep(best.prefix_bytes, best.sessions)
+    ahead = records.settings.refill_ahead_bytes - records.ledger.loading
+    for share in best.shares:
+        model = records.models[share.model]
+        weights = model.weights
+        # One that nobody invoked for an hour waits until somebody does.
+        if not share.rate or not share.prefix_bytes or model.stopping or model.state != ModelState.READY:
+            continue
+        goal = weights.forward(weights.fill_from, share.prefix_bytes)
+        if not weights.absent(weights.fill_from, goal, weights.size):
+            continue
+        if ahead < records.settings.refill_ahead_bytes // 2:
+            return  # enough on its way
+        wanted = min(
+            ahead, sum(weights.nbytes(a, b) for a, b in weights.absent(weights.fill_from, goal, weights.size))
+        )
+        reclaim.make_room(records, wanted, SURPLUS, keep=keep, spare=model.name, why=Why.BEST_DISTRIBUTION)
+        spans = weights.absent(weights.fill_from, goal, min(wanted, max(records.free, 0)))
+        if spans:
+            records.move_segments(model, SegmentTrigger.LOAD, spans)
+            model.refilling = True
+            model.planned = True
+            records.do(
+                LoadRange(model.name, weights.ranges(spans), Priority.REFILL),
+                Why.BEST_DISTRIBUTION,
+                rate=round(share.rate, 6),
+                prefix=share.prefix_bytes,
+                free=records.free,
+            )
+        return
+
+
+def limit_storage(records: Records) -> None:
+    """Forget the oldest saved sessions when they take more than storage may."""
+    limit = records.settings.stored_limit_bytes
+    if records.stored_bytes <= limit:
+        return
+    stored = [s for s in records.sessions.values() if s.state == SessionState.STORED and s.owner is None]
+    for session in sorted(stored, key=lambda s: (s.last_used, s.name)):
+        if records.stored_bytes <= limit:
+            return
+        records.move_session(session, SessionTrigger.FORGET)
+        records.do(ForgetSession(session.name), Why.STORAGE_FULL, nbytes=session.nbytes)

@@ -1,0 +1,295 @@
+"""Requests: from the queue to their end, with the memory for their KV.
+
+The order is that of arrival (a scheduler for many models, with its bound on waiting, has its place in
+`next_to_start`). Knows sessions as ids; which of them a prompt continues is the executor's to find.
+"""
+
+from __future__ import annotations
+
+from .effects import (
+    AskOffer,
+    ComputePrompt,
+    GrantKv,
+    LoadRange,
+    Pin,
+    Priority,
+    Reject,
+    RestoreSession,
+    ResumeRequest,
+    StartRequest,
+    Why,
+)
+from .reclaim import CHEAP, Keep, Stage, discard, make_room, stop_loading, suspend
+from .records import ModelRecord, Records, RequestRecord, SessionRecord
+from .tables import (
+    ModelState,
+    RequestState,
+    RequestTrigger,
+    SegmentState,
+    SegmentTrigger,
+    SessionState,
+    SessionTrigger,
+)
+
+FOR_KV = (*CHEAP, Stage.USED_WEIGHTS, Stage.UNSAVED_SESSIONS)
+_IN_MEMORY = (SessionState.RESIDENT, SessionState.SAVING, SessionState.SAVED)
+
+
+def next_to_start(records: Records) -> RequestRecord | None:
+    """The first in the queue whose session is not in use by another."""
+    for request in records.requests.values():
+        if request.state != RequestState.QUEUED:
+            continue
+        session = records.sessions.get(request.asked_session or "")
+        if session is None or session.owner is None:
+            return request
+    return None
+
+
+def advance(records: Records) -> None:
+    """Start, go on with and end requests, as far as slots and memory allow.
+
+    KV comes before weights: what it waits for (or will, once the prompt is known) is kept free of loads.
+    """
+    records.reserved = 0
+    for request in list(records.active.values()):
+        if request.state == RequestState.WAITING or (
+            request.state == RequestState.PREPARING and request.tokenized
+        ):
+            prepare(records, request)
+        elif request.state == RequestState.PREPARING:
+            _expect(records, request)
+        elif request.state == RequestState.SUSPENDED:
+            resume(records, request)
+        if (
+            request.state in (RequestState.WAITING, RequestState.SUSPENDED)
+            and records.now - request.since >= records.settings.suspend_limit_s
+        ):
+            refuse_for_memory(records, request)
+    while (
+        records.waiting
+        and len(records.active) < records.settings.compute_slots
+        and (request := next_to_start(records)) is not None  # type: ignore[assignment]
+    ):
+        start(records, request)
+        _expect(records, request)
+
+
+def _expect(records: Records, request: RequestRecord) -> None:
+    model = records.models[request.model]
+    tokens = _rounded(records, model, int(model.usage.typical_prompt_tokens))
+    records.reserved += records.kv_bytes(model, tokens)
+
+
+def start(records: Records, request: RequestRecord) -> None:
+    """Its weights are loaded while the executor makes tokens of its prompt."""
+    model = records.models[request.model]
+    records.move_request(request, RequestTrigger.START)
+    model.compute_at = model.weights.fill_from
+    if request.asked_session is not None:  # nobody else may take it from now on
+        session = records.sessions.get(request.asked_session)
+        if session is not None:
+            session.owner = request.name
+    records.do(StartRequest(request.name), Why.TURN, waiting=records.waiting)
+    for other in records.models.values():  # this one's too: its segments are urgent now
+        if other.refilling:
+            stop_loading(records, other, Why.MAKE_ROOM)
+    lazy = model.weights.in_state(SegmentState.LAZY)
+    if lazy:
+        records.do(Pin(model.name, model.weights.ranges(lazy)), Why.MODEL_IN_USE)
+
+
+def tokenized(records: Records, request: RequestRecord) -> None:
+    """The prompt is known: its embedding rows come first. `prepare` does the rest."""
+    model = records.models[request.model]
+    request.tokenized = True
+    request.since = records.now
+    model.usage.prompted(request.prompt_tokens)
+    # The rows have room even where the budget is full: one loader would fetch them by a fault as well.
+    rows = [
+        span
+        for start, end in model.weights.spans(request.rows)
+        for span in model.weights.absent(start, end, max(records.free, 0))
+    ]
+    chosen = []
+    for start, end in rows:
+        if model.weights.nbytes(start, end) <= records.free:
+            records.move_segments(model, SegmentTrigger.LOAD, [(start, end)])
+            chosen.append((start, end))
+    if chosen:
+        model.planned = True
+        ranges = model.weights.ranges(chosen)
+        records.do(LoadRange(model.name, ranges, Priority.ROWS), Why.PROMPT_ROWS)
+
+
+def prepare(records: Records, request: RequestRecord) -> None:
+    """Bring its session into memory, make room for its KV, and let it compute; or let it wait."""
+    model = records.models[request.model]
+    own = records.session(request.session, request.model)
+    source = records.sessions.get(request.source) if request.source is not None else None
+    if source is not None and (source.model != request.model or source.state == SessionState.FREEING):
+        source = None
+    unstable = (SessionState.DROPPING, SessionState.FREEING)
+    if own.owner not in (None, request.name) or own.readers or own.state in unstable:
+        return _wait(records, request)
+    if source is not None:
+        if source.state == SessionState.STORED and _has_room(records, model, source.nbytes, own, source):
+            records.move_session(source, SessionTrigger.RESTORE)
+            records.do(RestoreSession(source.name), Why.CONTINUES_SESSION, nbytes=source.nbytes)
+        if source.state in (SessionState.STORED, SessionState.RESTORING, SessionState.DROPPING):
+            return _wait(records, request)
+    elif own.state == SessionState.RESTORING:
+        return _wait(records, request)
+    kv_tokens = _rounded(records, model, request.prompt_tokens)
+    size = records.kv_bytes(model, kv_tokens)
+    there = own.nbytes if own.state in _IN_MEMORY else 0
+    if not _fits(records, model, max(size, there)) or not _has_room(
+        records, model, max(size - there, 0), own, source
+    ):
+        return _wait(records, request)
+    reuse = min(request.matched_tokens, source.tokens) if source is not None else 0
+    records.move_session(own, SessionTrigger.OPEN, nbytes=max(size, there))
+    own.owner, own.tokens = request.name, reuse
+    request.kv_tokens = own.nbytes // model.kv_bytes_per_token if model.kv_bytes_per_token else kv_tokens
+    if source is not None and source is not own:
+        source.readers += 1
+        source.last_used = records.now
+        request.reads = source.name
+    records.move_request(request, RequestTrigger.COMPUTE)
+    records.do(
+        ComputePrompt(
+            request.name, own.name, source.name if source is not None else None, reuse, request.kv_tokens
+        ),
+        Why.READY,
+        prompt_tokens=request.prompt_tokens,
+        resident=model.weights.present,
+    )
+    return None
+
+
+def _wait(records: Records, request: RequestRecord) -> None:
+    if request.state == RequestState.PREPARING:
+        records.move_request(request, RequestTrigger.WAIT)
+
+
+def _rounded(records: Records, model: ModelRecord, tokens: int) -> int:
+    chunk = records.settings.kv_chunk_tokens
+    return max(tokens, min(-(-(tokens + 1) // chunk) * chunk, model.context_tokens))
+
+
+def _fits(records: Records, model: ModelRecord, nbytes: int) -> bool:
+    """Whether the budget can hold that much more KV in use. If not, memory is asked for."""
+    least = records.kv_in_use() + nbytes + records.window(model)
+    if least > records.budget:
+        ask(records, least - records.budget)
+    return least <= records.budget
+
+
+def _has_room(records: Records, model: ModelRecord, nbytes: int, *keep: SessionRecord | None) -> bool:
+    """Whether that much more KV is free now; if not, room is made, but not of the sessions in `keep`."""
+    kept = Keep({}, frozenset(session.name for session in keep if session is not None))
+    if not _fits(records, model, nbytes):
+        return False
+    if make_room(records, nbytes, FOR_KV, keep=kept, why=Why.MAKE_ROOM):
+        return True
+    records.reserved += nbytes
+    return False
+
+
+def ask(records: Records, nbytes: int) -> None:
+    """Tell the normal world once that a request could use more."""
+    nbytes = min(nbytes, records.settings.cap_bytes - records.budget)
+    if nbytes > records.asked_bytes:
+        records.asked_bytes = nbytes
+        records.do(AskOffer(nbytes), Why.NOT_ENOUGH, budget=records.budget)
+
+
+def grow(records: Records, request: RequestRecord, tokens: int) -> None:
+    """Let the KV of a running request grow, or stop the request until that is possible."""
+    model = records.models[request.model]
+    session = records.sessions[request.session]
+    kv_tokens = _rounded(records, model, tokens)
+    size = records.kv_bytes(model, kv_tokens)
+    if _has_room(records, model, max(size - session.nbytes, 0)):
+        records.resize_session(session, max(size, session.nbytes))
+        request.kv_tokens = kv_tokens
+        records.do(GrantKv(request.name, kv_tokens), Why.KV_GROWS, nbytes=session.nbytes)
+    else:
+        session.tokens = request.kv_tokens
+        suspend(records, request, Why.NO_MEMORY, wanted_tokens=kv_tokens)
+
+
+def resume(records: Records, request: RequestRecord, *, at_any_price: bool = False) -> None:
+    """Go on with a suspended request when its KV is there and may grow as it wanted.
+
+    `at_any_price`: its KV cannot be saved, so that stopping it frees nothing.
+    """
+    model = records.models[request.model]
+    session = records.sessions[request.session]
+    size = records.kv_bytes(model, request.wanted_tokens)
+    if session.state == SessionState.STORED:
+        if _has_room(records, model, max(size, session.nbytes)):
+            records.move_session(session, SessionTrigger.RESTORE)
+            records.do(RestoreSession(session.name), Why.ENOUGH, nbytes=session.nbytes)
+        return
+    if session.state not in _IN_MEMORY or session.goes:
+        return
+    more = max(size - session.nbytes, 0)
+    if (more or not at_any_price) and not (
+        _fits(records, model, session.nbytes + more) and _has_room(records, model, more, session)
+    ):
+        return
+    records.move_session(session, SessionTrigger.OPEN, nbytes=session.nbytes + more)
+    request.kv_tokens = max(request.kv_tokens, request.wanted_tokens)
+    records.move_request(request, RequestTrigger.RESUME)
+    why = Why.KV_FAILED if at_any_price else Why.ENOUGH
+    records.do(ResumeRequest(request.name, request.kv_tokens), why)
+
+
+def refuse(records: Records, request: RequestRecord, why: Why, *, code: str, message: str, hint: str) -> None:
+    """End a request with one clear error."""
+    release(records, request)
+    records.move_request(request, RequestTrigger.REFUSE)
+    records.do(Reject(request.name, code, message, hint), why)
+
+
+def refuse_for_memory(records: Records, request: RequestRecord) -> None:
+    model = records.models[request.model]
+    tokens = request.wanted_tokens or _rounded(records, model, request.prompt_tokens)
+    needed = records.kv_bytes(model, tokens) + records.window(model)
+    refuse(
+        records,
+        request,
+        Why.NO_MEMORY,
+        code="out_of_budget",
+        message=f"the request needs {needed} bytes for its keys and values and for streaming model {model.name!r}, "
+        f"but the memory budget is {records.budget} bytes",
+        hint="raise the budget (`flexserve budget`), close other programs, or shorten the prompt",
+    )
+
+
+def release(records: Records, request: RequestRecord) -> None:
+    """Its sessions belong to nobody any more; their KV stays, and may be continued or saved."""
+    for name in (request.session, request.asked_session):
+        session: SessionRecord | None = records.sessions.get(name or "")
+        if session is not None and session.owner == request.name:
+            session.owner = None
+
+
+def finish(records: Records, request: RequestRecord, tokens: int, *, keep: bool) -> None:
+    """The answer ended; its KV stays as an idle session, unless it cannot be used again."""
+    model = records.models[request.model]
+    session = records.sessions.get(request.session) if request.session else None
+    computed = request.state in (RequestState.RUNNING, RequestState.SUSPENDED)
+    release(records, request)
+    records.move_request(request, RequestTrigger.FINISH)
+    model.usage.last_used = records.now
+    if session is None or not computed:
+        return
+    if session.state in (SessionState.OPEN, *_IN_MEMORY):
+        # Also of a suspended one that ended first: its KV is not the one being saved.
+        records.move_session(session, SessionTrigger.CLOSE)
+        session.tokens = tokens
+        records.resize_session(session, min(session.nbytes, records.kv_bytes(model, tokens)))
+        if not (keep and tokens) or model.state == ModelState.POISONED:
+            discard(records, session, Why.REQUEST_ENDED)
