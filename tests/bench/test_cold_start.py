@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from flexserve.bench import cold_start, memory
-from flexserve.bench.cold_start import ALL_SIDES, REPACK_SIDES, ColdStartOptions
+from flexserve.bench.cold_start import ALL_SIDES, LAYOUT_SIDES, REPACK_SIDES, ColdStartOptions
 from flexserve.bench.memory import Condition, FreeMemory, MemoryState
 from flexserve.bench.sides import Sample, SealedSide
 from flexserve.errors import EngineFailure, Usage
@@ -68,10 +68,9 @@ def test_a_run_measures_every_side_in_every_state_and_keeps_its_schema(
     said: list[str] = []
     result = cold_start.run(_options(tmp_path), said.append)
     jsonschema.validate(result, json.loads(SCHEMA.read_text()))
-    sides = set(ALL_SIDES) - set(REPACK_SIDES)  # Q8_0 is repacked on no x86 processor
-    assert set(result["skipped"]) <= set(REPACK_SIDES) | {"plain_cold_mlock"}
+    assert set(result["skipped"]) <= {*REPACK_SIDES, *LAYOUT_SIDES, "plain_cold_mlock"}
     for state in result["states"].values():
-        assert set(state["sides"]) == sides - set(result["skipped"])
+        assert set(state["sides"]) == set(ALL_SIDES) - set(result["skipped"])
         first, second = (r["order"] for r in state["rounds"])
         assert first == second[::-1]
         assert all(str(r["seed"]) in "\n".join(said) for r in state["rounds"])
@@ -95,6 +94,8 @@ def test_a_run_measures_every_side_in_every_state_and_keeps_its_schema(
         "decode_vs_plain",
         "prefill_vs_plain",
     }
+    if not result["skipped"]:
+        expected |= {f"layout_{name}" for name in expected if "long" not in name and "pipelined" not in name}
     assert set(result["ratios"]) == set(result["ratios_idle"]) == expected
     best = result["ratios"]["cold_vs_plain_cold"]["denominator"]
     medians = {n: s["ttft_s"]["median"] for n, s in result["states"]["backed"]["sides"].items()}
@@ -104,16 +105,22 @@ def test_a_run_measures_every_side_in_every_state_and_keeps_its_schema(
 def test_a_quantisation_that_llama_cpp_repacks_is_measured_repacked_too(
     tmp_path: Path, steps: list[str]
 ) -> None:
-    wanted = ("plain_cold_mmap", "plain_cold_repack", "plain_warm_repack", "sealed_cold", "sealed_resident")
+    wanted = ("plain_cold_mmap", "plain_cold_repack", "plain_warm_repack", "sealed_cold", *LAYOUT_SIDES)
     options = _options(tmp_path, quant="Q4_0", rounds=1, states=(MemoryState.BACKED,), sides=wanted)
     result = cold_start.run(options, lambda _text: None)
     jsonschema.validate(result, json.loads(SCHEMA.read_text()))
     if not result["repacked_bytes"]:
         pytest.skip(f"llama.cpp repacks nothing here: {result['skipped']}")
     assert set(result["states"]["backed"]["sides"]) == set(wanted)
-    assert result["ratios"]["decode_vs_plain"]["denominator"]["side"] == "plain_warm_repack"
+    ratios = result["ratios"]
+    assert ratios["layout_decode_vs_plain"]["denominator"]["side"] == "plain_warm_repack"
+    assert ratios["layout_cold_vs_plain_cold"]["numerator"]["side"] == "sealed_cold_layout"
     assert result["ratios_idle"] is None
-    assert "pipelined_vs_sequential" not in result["ratios"]
+    assert not {"pipelined_vs_sequential", "cold_vs_resident"} & set(ratios)
+    copy = options.directory / "tiny-llama-tied-Q4_0.flexcopy"
+    made = copy.stat().st_mtime_ns
+    cold_start.run(options, lambda _text: None)
+    assert copy.stat().st_mtime_ns == made  # it still fits: nothing is made twice
 
 
 def test_a_side_nobody_knows_is_refused_by_name() -> None:

@@ -29,11 +29,17 @@ from .sides import PlainSide, Sample, SealedSide, SealedWorld, Settings, Side
 
 LONG_PROMPT_TOKENS = 512
 STORAGE_DEPTH = 4  # segments in flight while a round's read rate is measured
+BUSY_S = 0.5  # how long others are watched before a round
+BUSY_CORES = 0.2
 PLAIN_SIDES = (*(f"plain_cold_{mode}" for mode in LOAD_MODES), "plain_warm")
 REPACK_SIDES = ("plain_cold_repack", "plain_warm_repack")  # where llama.cpp repacks this quantisation
 SEALED_SIDES = ("sealed_cold", "sealed_sequential", "sealed_resident")
 LONG_SIDES = ("sealed_cold_long", "sealed_resident_long")
-ALL_SIDES = (*PLAIN_SIDES, *REPACK_SIDES, *SEALED_SIDES, *LONG_SIDES)
+LAYOUT_SIDES = (
+    "sealed_cold_layout",
+    "sealed_resident_layout",
+)  # from the device's own copy; where it repacks
+ALL_SIDES = (*PLAIN_SIDES, *REPACK_SIDES, *SEALED_SIDES, *LONG_SIDES, *LAYOUT_SIDES)
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,12 @@ class _Bench:
     skipped: dict[str, str] = field(default_factory=dict)
     pipelined: SealedWorld | None = None
     sequential: SealedWorld | None = None
+    layout: SealedWorld | None = None
 
     def close(self) -> None:
         for side in self.sides:
             side.done()
-        for world in (self.pipelined, self.sequential):
+        for world in (self.pipelined, self.sequential, self.layout):
             if world is not None:
                 world.close()
 
@@ -190,10 +197,11 @@ def _make_sides(
     bench: _Bench, model: BenchModel, options: ColdStartOptions, repacked_bytes: int, say: Say
 ) -> None:
     settings = options.settings
+    nothing = f"llama.cpp repacks nothing of {options.quant} on this processor"
 
     def plain(name: str, mode: str, *, cold: bool, repack: bool = False) -> None:
         if repack and not repacked_bytes:
-            bench.skipped[name] = f"llama.cpp repacks nothing of {options.quant} on this processor"
+            bench.skipped[name] = nothing
         elif mode == "mlock" and not machine.may_lock(model.weight_bytes):
             bench.skipped[name] = "this user may not lock that much memory (RLIMIT_MEMLOCK)"
         elif name in options.sides:
@@ -205,19 +213,30 @@ def _make_sides(
     plain("plain_warm", "mmap", cold=False)
     plain("plain_warm_repack", "mmap", cold=False, repack=True)
 
+    sealed = list(SEALED_SIDES)
+    if options.long_prompt_tokens is not None:
+        sealed += LONG_SIDES
+    if repacked_bytes:
+        sealed += LAYOUT_SIDES
+    else:
+        bench.skipped |= dict.fromkeys(LAYOUT_SIDES, nothing)
     warm_up = _prompt(0, options.shape, options.prompt_tokens)
-    wanted = [name for name in (*SEALED_SIDES, *LONG_SIDES) if name in options.sides]
-    if options.long_prompt_tokens is None:
-        wanted = [name for name in wanted if name not in LONG_SIDES]
-    if any(name != "sealed_sequential" for name in wanted):
-        say("starting the secure world")
-        bench.pipelined = SealedWorld(model, settings, on_demand=True, warm_up=warm_up)
-    if "sealed_sequential" in wanted:
-        say("starting the secure world that loads before it computes")
-        bench.sequential = SealedWorld(model, settings, on_demand=False, warm_up=warm_up)
-    for name in wanted:
-        world = bench.sequential if name == "sealed_sequential" else bench.pipelined
-        assert world is not None
+    for name in sealed:
+        if name not in options.sides:
+            continue
+        if name in LAYOUT_SIDES:
+            if bench.layout is None:
+                say("starting the secure world in execution layout")
+                bench.layout = SealedWorld(model, settings, warm_up=warm_up, layout=True)
+            world = bench.layout
+        elif name == "sealed_sequential":
+            say("starting the secure world that loads before it computes")
+            world = bench.sequential = SealedWorld(model, settings, warm_up=warm_up, on_demand=False)
+        else:
+            if bench.pipelined is None:
+                say("starting the secure world")
+                bench.pipelined = SealedWorld(model, settings, warm_up=warm_up)
+            world = bench.pipelined
         bench.sides.append(SealedSide(name, world, cold="resident" not in name))
 
 
@@ -238,6 +257,9 @@ def _round(  # noqa: PLR0917
 ) -> Round:
     """Every side once."""
     seed = secrets.randbits(32)
+    busy = processor.busy_cores(BUSY_S)
+    if busy > BUSY_CORES:
+        say(f"other programs keep {busy:.1f} cores busy: these times are longer than this machine's")
     read_rate = rates.read_bytes_per_s(model.gguf, depth=STORAGE_DEPTH)
     say(f"{title}, seed {seed}, storage reads {read_rate / 1e9:.2f} GB/s")
     short = _prompt(seed, options.shape, options.prompt_tokens)
@@ -251,7 +273,7 @@ def _round(  # noqa: PLR0917
             f"   first touch {m.condition.first_touch_s_per_gb:.2f} s/GB"
         )
     _check_tokens(sides, measured)
-    return Round(seed, read_rate, measured)
+    return Round(seed, read_rate, busy, measured)
 
 
 def turned(sides: list[Side], number: int) -> list[Side]:

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import StorageFailure
+from ..errors import NotAuthentic, NotLicensed, StorageFailure
+from ..sealed.device_copy import default_path
 from ..sealed.keyfile import load_device_key, load_vendor_key, write_key
 from ..sealed.keys import DeviceKey, VendorKey
-from ..sealed.licence import issue
+from ..sealed.licence import issue, open_licence
 from ..sealed.reader import SealedModel
 from ..sealed.seal import seal
+from ..sealed.verify import check_inside
 from ..worlds.base import ModelSource
 from .generate import model_bytes, write_model
 from .shapes import shape_named
@@ -31,7 +33,7 @@ SPARE_DISK_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class BenchModel:
-    """A model in both forms, and the keys to the sealed one."""
+    """A model in both forms, and the keys to the sealed one. `source` is in the plain layout, always."""
 
     gguf: Path
     source: ModelSource
@@ -44,8 +46,16 @@ class BenchModel:
         return self.gguf.stat().st_size
 
     @property
+    def copy(self) -> Path:
+        """The device's own copy in execution layout, once it has been made."""
+        return default_path(self.source.sealed)
+
+    @property
     def disk_bytes(self) -> int:
-        return self.weight_bytes + self.source.sealed.stat().st_size
+        """Of all forms that are there."""
+        return sum(
+            path.stat().st_size for path in (self.gguf, self.source.sealed, self.copy) if path.exists()
+        )
 
 
 def prepare_model(
@@ -72,17 +82,16 @@ def prepare_model(
     if not gguf.exists():
         say(f"generating {gguf}: random weights, {_gigabytes(model_bytes(shape, quant))}")
         write_model(shape, quant, gguf, seed=MODEL_SEED, progress=progress)
-    if not flex.exists() or not _is_sealed_by(flex, vendor):
+    if not _is_usable(flex, licence, vendor, device):
         say(f"sealing {flex}")
         seal(gguf, flex, vendor, model_id=name, version=1, progress=progress)
-    with flex.open("rb") as file:
-        sealed = SealedModel.open(file.fileno(), [vendor.public])
+        with flex.open("rb") as file:
+            sealed = SealedModel.open(file.fileno(), [vendor.public])
         licence.write_bytes(
             issue(sealed, vendor, device.public, issued_at=int(time.time()), serial=time.time_ns())
         )
-    model = BenchModel(
-        gguf, ModelSource(MODEL_NAME, flex, licence), device_path, vendor_path.with_suffix(".pub")
-    )
+    source = ModelSource(MODEL_NAME, flex, licence, use_copy=False)
+    model = BenchModel(gguf, source, device_path, vendor_path.with_suffix(".pub"))
     say(
         f"{name} takes {_gigabytes(model.disk_bytes)} in {directory}, {_gigabytes(used_bytes(directory))} with others"
     )
@@ -94,15 +103,16 @@ def used_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
 
 
-def _is_sealed_by(flex: Path, vendor: VendorKey) -> bool:
-    """False for a file left from other keys."""
-    from ..errors import NotAuthentic
-
-    with flex.open("rb") as file:
-        try:
-            SealedModel.open(file.fileno(), [vendor.public])
-        except NotAuthentic:
-            return False
+def _is_usable(flex: Path, licence: Path, vendor: VendorKey, device: DeviceKey) -> bool:
+    """Whether a sealed model from before still is what this FlexServe seals, and these keys open it."""
+    try:
+        with flex.open("rb") as file:
+            sealed = SealedModel.open(file.fileno(), [vendor.public])
+            key, _ = open_licence(licence.read_bytes(), sealed, device, None, time.time())
+            unlocked = sealed.unlock(key)
+            check_inside(unlocked.manifest, unlocked.gguf_header())
+    except (FileNotFoundError, NotAuthentic, NotLicensed):
+        return False
     return True
 
 

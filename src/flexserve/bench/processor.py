@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -32,3 +33,16 @@ def steal_s() -> float:
     """Seconds, summed over the cores, in which the host ran something else (/proc/stat)."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     return int(fields[8]) * _TICK_S if len(fields) > 8 else 0.0
+
+
+def busy_cores(seconds: float) -> float:
+    """How many cores are in use while this thread sleeps for that long: by everybody else (/proc/stat)."""
+    before, start = _busy_s(), time.perf_counter()
+    time.sleep(seconds)
+    return (_busy_s() - before) / (time.perf_counter() - start)
+
+
+def _busy_s() -> float:
+    """User, nice, system, interrupts and stolen time, of all cores."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    return (sum(fields[:3]) + sum(fields[5:8])) * _TICK_S

@@ -32,6 +32,7 @@ class Round:
 
     seed: int
     read_bytes_per_s: float  # of the storage, just before
+    other_busy_cores: float  # used by other programs, just before
     measured: Mapping[str, Measured]
 
 
@@ -85,17 +86,14 @@ class _State:
     def __init__(self, run: Run, rounds: list[Round]) -> None:
         self._run, self._rounds = run, rounds
         self.sides = list(rounds[0].measured)
-        self.bounds = {
+        self.bounds: dict[str, list[Bound]] = {
             side: [self._bound(r, side) for r in rounds]
-            for side, resident in (
-                ("sealed_cold", "sealed_resident"),
-                ("sealed_cold_long", "sealed_resident_long"),
-            )
-            if side in self.sides and resident in self.sides
+            for side in ("sealed_cold", "sealed_cold_long", "sealed_cold_layout")
+            if side in self.sides and _resident(side) in self.sides
         }
 
     def _bound(self, r: Round, side: str) -> Bound:
-        cold, resident = r.measured[side], r.measured[side.replace("cold", "resident")].sample
+        cold, resident = r.measured[side], r.measured[_resident(side)].sample
         placing = self._run.placing
         extra = cold.condition.first_touch_s_per_gb - placing.first_touch_huge_s_per_gb
         return lower_bound(
@@ -125,37 +123,43 @@ class _State:
         found = [self._ttft(side) for side in self.sides if side.startswith(prefix)]
         return min((s for s in found if s is not None), key=lambda s: s.median, default=None)
 
+    def _speed(self, side: str, quantity: str) -> Series | None:
+        """Tokens per second with everything in memory: of the prompt, or after its first token."""
+        if quantity == "decode_tokens_per_s":
+            return self.series(side, quantity, lambda s: s.decode_tokens_per_s)
+        tokens = self._run.prompt_tokens
+
+        def prefill(sample: Sample) -> float | None:
+            # A plain process's TTFT has the load in it, so it answers a second time.
+            seconds = sample.resident_ttft_s if side.startswith("plain") else sample.ttft_s
+            return None if seconds is None else tokens / seconds
+
+        return self.series(side, quantity, prefill)
+
     def ratios(self) -> dict[str, dict[str, object]]:
         """Those of which both sides were measured."""
-        cold, resident = self._ttft("sealed_cold"), self._ttft("sealed_resident")
         # What llama.cpp does when left alone: it repacks where it can.
         default = "plain_warm_repack" if self._run.repacked_bytes else "plain_warm"
-        tokens, long_cold = self._run.prompt_tokens, self._ttft("sealed_cold_long")
-        found = {
-            "cold_vs_plain_cold": (cold, self._best("plain_cold")),
-            "cold_vs_plain_process_warm": (cold, self._best("plain_warm")),
-            "cold_vs_resident": (cold, resident),
-            "pipelined_vs_sequential": (cold, self._ttft("sealed_sequential")),
-            "cold_vs_lower_bound": (cold, self._lower_bound("sealed_cold")),
-            "long_cold_vs_resident": (long_cold, self._ttft("sealed_resident_long")),
-            "long_cold_vs_lower_bound": (long_cold, self._lower_bound("sealed_cold_long")),
-            "decode_vs_plain": tuple(
-                self.series(side, "decode_tokens_per_s", lambda s: s.decode_tokens_per_s)
-                for side in ("sealed_resident", default)
-            ),
-            "prefill_vs_plain": (
-                self.series("sealed_resident", "prefill_tokens_per_s", lambda s: tokens / s.ttft_s),
-                self.series(
-                    default,
-                    "prefill_tokens_per_s",
-                    lambda s: None if s.resident_ttft_s is None else tokens / s.resident_ttft_s,
-                ),
-            ),
-        }
+        found: dict[str, tuple[Series | None, Series | None]] = {}
+        for prefix, cold in (("", "sealed_cold"), ("layout_", "sealed_cold_layout")):
+            resident, ttft = _resident(cold), self._ttft(cold)
+            found |= {
+                f"{prefix}cold_vs_plain_cold": (ttft, self._best("plain_cold")),
+                f"{prefix}cold_vs_plain_process_warm": (ttft, self._best("plain_warm")),
+                f"{prefix}cold_vs_resident": (ttft, self._ttft(resident)),
+                f"{prefix}cold_vs_lower_bound": (ttft, self._lower_bound(cold)),
+            }
+            for stage in ("decode", "prefill"):
+                both = (self._speed(side, f"{stage}_tokens_per_s") for side in (resident, default))
+                found[f"{prefix}{stage}_vs_plain"] = (next(both), next(both))
+        long = "sealed_cold_long"
+        found["pipelined_vs_sequential"] = (self._ttft("sealed_cold"), self._ttft("sealed_sequential"))
+        found["long_cold_vs_resident"] = (self._ttft(long), self._ttft(_resident(long)))
+        found["long_cold_vs_lower_bound"] = (self._ttft(long), self._lower_bound(long))
         return {
             name: Ratio(above, below).as_dict()
             for name, (above, below) in found.items()
-            if above is not None and below is not None and below.median > 0
+            if above is not None and below is not None and min(below.values) > 0
         }
 
     def _lower_bound(self, side: str) -> Series | None:
@@ -168,6 +172,7 @@ class _State:
                 {
                     "seed": r.seed,
                     "read_bytes_per_s": r.read_bytes_per_s,
+                    "other_busy_cores": r.other_busy_cores,
                     "order": list(r.measured),
                     "lower_bound": {side: bounds[n].as_dict() for side, bounds in self.bounds.items()},
                 }
@@ -183,6 +188,10 @@ class _State:
             **{name: asdict(Spread.of([getattr(row.sample, name) for row in rows])) for name in summed},
             "samples": [_sample(row) for row in rows],
         }
+
+
+def _resident(cold: str) -> str:
+    return cold.replace("cold", "resident")
 
 
 def _sample(row: Measured) -> dict[str, Any]:

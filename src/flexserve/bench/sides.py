@@ -13,11 +13,13 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from ..core import Finished, Request, Sampling, Token
 from ..errors import EngineFailure
+from ..worlds.base import ModelSource
 from ..worlds.linux import LinuxWorld
 from . import machine, processor
 from .files import MODEL_NAME, BenchModel
@@ -157,9 +159,18 @@ class PlainSide:
 class SealedWorld:
     """A running world with the bench model registered, and no weight resident."""
 
-    def __init__(self, model: BenchModel, settings: Settings, *, on_demand: bool, warm_up: list[int]) -> None:
-        """`warm_up`: a prompt, answered twice to learn which threads compute."""
-        self.model, self.settings = model, settings
+    def __init__(
+        self,
+        model: BenchModel,
+        settings: Settings,
+        *,
+        warm_up: list[int],
+        on_demand: bool = True,
+        layout: bool = False,
+    ) -> None:
+        """`warm_up`: a prompt, answered twice to learn which threads compute. `layout`: from the device's own copy
+        in execution layout, which is made when there is none that fits."""
+        self.model, self.settings, self.layout = model, settings, layout
         self._numbers = itertools.count()
         self._computing: frozenset[int] = frozenset()
         self.world = LinuxWorld(
@@ -171,9 +182,15 @@ class SealedWorld:
         )
         try:
             self.world.start()
+            source = model.source
+            if layout:
+                source = replace(source, copy=model.copy, use_copy=True)
+                self._make_copy(source)
             start = time.perf_counter()
-            self.world.register(model.source)
+            info = self.world.register(source)
             self.register_s = time.perf_counter() - start
+            if info.execution_layout != layout:
+                raise EngineFailure(f"the model was registered in the wrong layout: {info.layout_hint}")
             self.register_resident_bytes = self.world.status().models[0].resident_bytes
             self.ask(warm_up)
             before = processor.thread_cpu_s(self.pid)
@@ -184,6 +201,17 @@ class SealedWorld:
         except BaseException:
             self.close()
             raise
+
+    def _make_copy(self, source: ModelSource) -> None:
+        if self.model.copy.exists() and self.world.register(source).execution_layout:
+            return
+        self.world.optimize(source, self.model.copy)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What a cold start reads."""
+        sealed = self.model.source.sealed
+        return (sealed, self.model.copy) if self.layout else (sealed,)
 
     @property
     def pid(self) -> int:
@@ -254,13 +282,14 @@ class SealedSide:
 
     def __init__(self, name: str, world: SealedWorld, *, cold: bool) -> None:
         self.name, self.cold = name, cold
-        self.kernels = "plain"
+        self.kernels = "repacked" if world.layout else "plain"
         self._world = world
         self._ids: list[int] = []
 
     def ready(self, token_ids: list[int]) -> None:
         self._ids = token_ids
-        machine.evict(self._world.model.source.sealed)
+        for path in self._world.files:
+            machine.evict(path)
         if self.cold:
             self._world.empty()
         else:
@@ -268,7 +297,8 @@ class SealedSide:
 
     def check(self) -> None:
         if self.cold:
-            machine.check_cache(self._world.model.source.sealed, cached=False)
+            for path in self._world.files:
+                machine.check_cache(path, cached=False)
 
     def go(self) -> Sample:
         return self._world.ask(self._ids)
