@@ -1,0 +1,50 @@
+/* The whole address map. docs/firmware.md shows it as a table.
+ *
+ * Below 1 GiB: devices and secure memory, which stage 2 shows to the normal world page by page, by name.
+ * From 1 GiB on: DRAM. Its last 16 MiB are the monitor's; the rest is managed page by page. */
+#ifndef MEMLAYOUT_H
+#define MEMLAYOUT_H
+#include "abi.h"
+
+#define PAGE_SIZE (1ul << ABI_PAGE_SHIFT)
+#define BLOCK_SIZE (1ul << ABI_BLOCK_SHIFT)
+#define BLOCK_PAGES (BLOCK_SIZE / PAGE_SIZE)
+
+/* Secure: the machine itself keeps the normal world out. */
+#define FLASH_BASE 0x00000000ul
+#define SECURE_UART 0x09040000ul
+#define SECURE_GPIO 0x090b0000ul
+#define SECURE_RAM 0x0e000000ul
+#define SECURE_RAM_SIZE 0x01000000ul
+#define EL3_BASE SECURE_RAM
+#define EL3_SIZE 0x00100000ul
+#define SEL1_BASE 0x0e100000ul
+
+/* Devices of the normal world. What is not mapped by el2/stage2.c is out of its reach. */
+#define GICD_BASE 0x08000000ul
+#define GICD_SIZE 0x00010000ul
+#define GICR_BASE 0x080a0000ul
+#define GICR_STRIDE 0x00020000ul
+#define UART_BASE 0x09000000ul
+#define FW_CFG_BASE 0x09020000ul
+#define SMMU_BASE 0x09050000ul
+#define VIRTIO_MMIO 0x0a000000ul
+#define ECAM_BASE 0x3f000000ul
+
+#ifndef DRAM_PAGES
+#define DRAM_PAGES (EL2_OFFSET / PAGE_SIZE)
+#endif
+#ifndef DRAM_BASE
+#define DRAM_BASE 0x40000000ul
+#endif
+#define EL2_OFFSET 0x3f000000ul
+#define DRAM_BLOCKS (DRAM_PAGES / BLOCK_PAGES)
+#define DRAM_END (DRAM_BASE + DRAM_PAGES * PAGE_SIZE)
+#define EL2_BASE (DRAM_BASE + EL2_OFFSET)
+#define EL2_SIZE 0x01000000ul
+#define MAILBOX_BASE (EL2_BASE + 0x00800000ul)
+#define MAILBOX_SIZE (ABI_MAX_BATCH * 8ul)
+#define NORMAL_BASE 0x40080000ul
+
+#define MAX_CPUS 2
+#endif
