@@ -72,6 +72,19 @@ def test_a_copy_made_under_an_older_licence_is_not_used_and_the_line_says_so(sea
     assert "plain layout" not in shell(RUN).stderr
 
 
+def test_a_damaged_copy_is_not_used_and_damaged_weights_in_it_end_the_request(sealed_q4: Shell) -> None:
+    shell = sealed_q4
+    shell.ok(OPTIMIZE)
+    path = shell.directory / "m.flexcopy"
+    good = path.read_bytes()
+    path.write_bytes(good[:300] + b"?" + good[301:])
+    run = shell(RUN)
+    assert run.exit_code == 0
+    assert "plain layout; the device copy is not what this device wrote" in run.stderr
+    path.write_bytes(good[:-5000] + b"?" * 5000)
+    assert "segment_not_authentic" in shell.fails(4, RUN)
+
+
 def test_without_a_valid_licence_there_is_no_copy_and_a_copy_is_no_licence(sealed_q4: Shell) -> None:
     shell = sealed_q4
     shell.ok(OPTIMIZE)
