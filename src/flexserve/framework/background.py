@@ -27,8 +27,9 @@ def work(records: Records) -> None:
     """One step of each kind of background work that is due."""
     if not any(r.state in (RequestState.PREPARING, RequestState.RUNNING) for r in records.active.values()):
         save_early(records)
-        if calm_at(records) <= records.now:
-            restore_distribution(records)
+    # One that waits for memory is waited for: what is loaded now would be taken for it at once.
+    if not records.active and calm_at(records) <= records.now:
+        restore_distribution(records)
     hand_lazily(records)
     limit_storage(records)
 
