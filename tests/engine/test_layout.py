@@ -24,6 +24,8 @@ from flexserve.sealed.keys import DeviceKey, VendorKey
 from flexserve.sealed.reader import SealedModel
 from flexserve.sealed.seal import seal
 
+from ..architectures import CASES as ARCHITECTURES
+from ..architectures import GENERATORS, VOCABULARY, build
 from ..sealed_fixtures import model_key
 from .quantised import quantised
 from .secure_models import (
@@ -213,3 +215,18 @@ def test_what_llama_cpp_does_not_repack_is_not_copied(opener: Opener) -> None:
 def test_the_estimate_knows_which_quantisations_gain(opener: Opener, quant: str, gains: bool) -> None:
     gguf = opener.generate(UNTIED, quant) if quant == "F16" else quantised(opener, UNTIED, quant)
     assert would_gain(parse_header(gguf.read_bytes(), gguf.stat().st_size)) == gains
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M"])
+@pytest.mark.parametrize("name", [case.name for case in GENERATORS])
+def test_every_architecture_says_what_plain_llama_cpp_says(name: str, quant: str, tmp_path: Path) -> None:
+    """Mixtures of experts, state space models, shared and tied tensors: llama.cpp decides for each of them."""
+    gguf = build(ARCHITECTURES[name], quant, tmp_path / "m.gguf")
+    prompt = tokens(20, VOCABULARY - 3, 7)
+    with plain(gguf, repack=True) as other:
+        expected = other.greedy(prompt, 4)
+    model = open_copied(gguf)
+    assert sealed_greedy(model, prompt, 4) == expected
+    forget(model)
+    assert sealed_greedy(model, prompt, 4) == expected
+    model.close()
