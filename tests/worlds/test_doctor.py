@@ -14,8 +14,9 @@ import pytest
 from flexserve.sealed.keyfile import write_key
 from flexserve.sealed.keys import DeviceKey, VendorKey
 from flexserve.sealed.trust import TrustStore
-from flexserve.worlds.linux import doctor
-from flexserve.worlds.linux.doctor import Line, Mode, State, examine, process_lines
+from flexserve.worlds.linux import doctor, landlock, users
+from flexserve.worlds.linux.channel import Measures
+from flexserve.worlds.linux.doctor import Gateway, Line, Mode, State, examine, process_lines
 from flexserve.worlds.linux.probe import FILES, Probe, _crash, probe
 
 from ..attacker import needs_tracing
@@ -38,7 +39,7 @@ def states(lines: list[Line]) -> dict[str, State]:
 
 def test_the_secure_process_lets_nobody_in(seen: Probe) -> None:
     assert seen.secure.reached == ()
-    assert seen.secure.processes == seen.twin.processes == 2
+    assert seen.secure.processes == seen.twin.processes == 3
 
 
 @needs_tracing
@@ -47,14 +48,26 @@ def test_control_its_twin_without_hardening_lets_everybody_in(seen: Probe) -> No
 
 
 def test_everything_this_version_promises_holds_for_it(seen: Probe) -> None:
-    assert set(states(process_lines(seen)).values()) == {State.OK}
+    found = states(process_lines(seen))
+    here_or_not = {
+        "landlock": landlock.version() > 0,
+        "memfd_secret": seen.measures.secret_memory,
+        "secure_user": users.may_change_user(),
+    }
+    assert {line for line, state in found.items() if state == State.WEAK} == {
+        line for line, is_here in here_or_not.items() if not is_here
+    }
+    assert State.BROKEN not in found.values()
 
 
 @needs_tracing
 def test_without_hardening_the_lines_it_is_for_are_broken(seen: Probe) -> None:
-    found = states(process_lines(replace(seen, secure=seen.twin)))
+    found = states(process_lines(replace(seen, secure=seen.twin, measures=Measures())))
     broken = {line_id for line_id, state in found.items() if state == State.BROKEN}
-    assert broken == {"memory", "ptrace", "core", "no_new_privs"}
+    expected = {"memory", "ptrace", "core", "no_new_privs", "seccomp"}
+    expected |= {"landlock"} if landlock.version() else set()
+    expected |= {"secure_user"} if users.may_change_user() else set()
+    assert broken == expected
 
 
 @pytest.mark.parametrize("way", sorted(ALL_WAYS))
@@ -64,13 +77,52 @@ def test_one_way_in_is_enough_to_break_the_line(seen: Probe, way: str) -> None:
     assert {i for i, state in found.items() if state == State.BROKEN} == {line_id}
 
 
-def test_a_core_a_kept_descriptor_or_a_variable_breaks_its_line(seen: Probe) -> None:
+def test_each_measure_that_is_missing_breaks_its_line(seen: Probe) -> None:
     for line_id, look in (
         ("core", replace(seen.secure, dumped_core=True)),
         ("descriptors", replace(seen.secure, inherited_descriptor_closed=False)),
+        ("capabilities", replace(seen.secure, capabilities=True)),
+        ("seccomp", replace(seen.secure, seccomp=False)),
+        ("no_new_privs", replace(seen.secure, no_new_privs=False)),
         ("environment", replace(seen.secure, environment=("GGML_NO_BACKTRACE", "LD_PRELOAD"))),
     ):
         assert states(process_lines(replace(seen, secure=look)))[line_id] == State.BROKEN
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_landlock_is_used_where_the_kernel_has_it_and_doctor_says_where_not(
+    seen: Probe, has_it: bool
+) -> None:
+    without = replace(seen, measures=Measures(file_refused=True))
+    found = states(process_lines(without, kernel_has_landlock=has_it))["landlock"]
+    assert found == (State.BROKEN if has_it else State.WEAK)
+    used = replace(seen, measures=Measures(landlock=1, file_refused=True))
+    assert states(process_lines(used))["landlock"] == State.OK
+
+
+def test_keys_in_ordinary_memory_are_weak(seen: Probe) -> None:
+    for is_secret, state in ((True, State.OK), (False, State.WEAK)):
+        measures = Measures(file_refused=True, secret_memory=is_secret)
+        assert states(process_lines(replace(seen, measures=measures)))["memfd_secret"] == state
+
+
+def test_a_file_that_could_be_opened_breaks_the_line_of_the_filter(seen: Probe) -> None:
+    for refused, state in ((True, State.OK), (False, State.BROKEN)):
+        measures = Measures(file_refused=refused)
+        assert states(process_lines(replace(seen, measures=measures)))["seccomp"] == state
+
+
+def test_a_secure_process_that_is_the_gateways_user_is_weak_and_worse_when_root_started_it(
+    seen: Probe,
+) -> None:
+    def state(starter: int, *who: int) -> State:
+        look = replace(seen.secure, users=who)
+        return states(process_lines(replace(seen, user=starter, secure=look)))["secure_user"]
+
+    assert state(0, 61500) == State.OK
+    assert state(1000, 1000) == State.WEAK
+    not_dropped = State.BROKEN if users.may_change_user() else State.WEAK
+    assert state(0, 0) == state(0, 0, 61500) == not_dropped
 
 
 def test_where_the_machine_refuses_by_itself_doctor_does_not_take_the_credit(seen: Probe) -> None:
@@ -98,7 +150,7 @@ def test_the_crash_check_notices_a_core(tmp_path: Path) -> None:
 
 def test_a_secure_process_that_does_not_start_is_a_broken_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    (line,) = doctor._process_lines()
+    (line,), _ = doctor._process_lines()
     assert (line.id, line.state) == ("secure_process", State.BROKEN)
     assert line.advice
 
@@ -136,8 +188,15 @@ def test_only_a_system_user_in_a_root_owned_install_is_service_mode(tmp_path: Pa
     assert doctor.user_line(999, tmp_path / "absent").state == State.OK
 
 
+def test_root_is_fine_where_the_gateway_becomes_another_user() -> None:
+    assert doctor.user_line(0, gateway=Gateway("flexserve", None)).state == State.OK
+    line = doctor.user_line(0, gateway=Gateway("flexserve", Path("/root")))
+    assert line.state == State.WEAK
+    assert "/root" in line.found
+
+
 def test_the_mode_follows_from_both_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor, "_process_lines", list)
+    monkeypatch.setattr(doctor, "_process_lines", lambda: ([], False))
     line = Line("x", State.OK, "", "")
     for install, user, mode in (
         (State.OK, State.OK, Mode.SERVICE),
@@ -145,7 +204,7 @@ def test_the_mode_follows_from_both_lines(monkeypatch: pytest.MonkeyPatch, tmp_p
         (State.OK, State.WEAK, Mode.SINGLE_USER),
     ):
         monkeypatch.setattr(doctor, "install_line", lambda _, s=install: replace(line, state=s))
-        monkeypatch.setattr(doctor, "user_line", lambda _, s=user: replace(line, state=s))
+        monkeypatch.setattr(doctor, "user_line", lambda _, s=user, **__: replace(line, state=s))
         report = examine(None, TrustStore(tmp_path))
         assert report.mode == mode
         assert report.holds
@@ -186,6 +245,12 @@ def test_swap_is_weak_unless_it_is_encrypted_or_memory(tmp_path: Path, swaps: st
     line = doctor.swap_line(machine(tmp_path, swaps))
     assert line.state == state
     assert bool(line.advice) == (state == State.WEAK)
+
+
+def test_memory_that_is_locked_is_never_swapped(tmp_path: Path) -> None:
+    root = machine(tmp_path, "/swapfile file 100 0 -2\n")
+    assert doctor.swap_line(root).state == State.WEAK
+    assert doctor.swap_line(root, locked=True).state == State.OK
 
 
 @pytest.mark.parametrize(("at", "state"), [("a", State.OK), ("a/b", State.OK), (".", State.WEAK)])

@@ -16,7 +16,8 @@ NOT_AS_PROMISED = 1
 WORTH = {
     "single-user": "keeps weights, prompts and KV from other users, dumps and logs; not from root, nor from "
     "programs of this user",
-    "service": "keeps weights, prompts and KV from every program of other users; not from root",
+    "service": "keeps weights, prompts and KV from every program of other users, and the keys from the gateway; not "
+    "from root",
 }
 COLOURS = {"ok": "green", "weak": "yellow", "broken": "red", "unused": None}
 INDENT = " " * 25

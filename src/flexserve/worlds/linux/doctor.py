@@ -7,7 +7,6 @@ judge as arguments. docs/threat-model.md says what the lines together are worth.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pwd
 import re
@@ -24,12 +23,11 @@ from ... import __version__
 from ...errors import FlexServeError
 from ...sealed.keyfile import check_secret_file
 from ...sealed.trust import TrustStore
+from . import landlock, users
+from .channel import Measures
 from .probe import Look, Probe, probe
 
 ALLOWED_VARIABLES = frozenset({"GGML_NO_BACKTRACE", "CREDENTIALS_DIRECTORY"})
-_SYS_LANDLOCK_CREATE_RULESET, _LANDLOCK_VERSION = 444, 1
-_SYS_MEMFD_SECRET = 447
-_DYNAMIC_USERS = range(61184, 65520)  # systemd's DynamicUser=
 
 SAME_USER = "another program of this user"
 OTHER_USERS = "other users of this machine"
@@ -77,10 +75,12 @@ class Report:
 
 
 def examine(device_key: str | None, trust: TrustStore | None = None) -> Report:
-    """Look at this machine as the user who runs it. Takes about a second."""
+    """Look at this machine as the user who runs it. Takes about two seconds."""
     uid = os.geteuid()
-    install, user = install_line(installed()), user_line(uid)
-    lines = [install, user, *_process_lines(), swap_line(), *sandbox_lines()]
+    install = install_line(installed())
+    user = user_line(uid, gateway=_gateway(uid))
+    looked_at, locked = _process_lines()
+    lines = [install, user, *looked_at, swap_line(locked=locked)]
     lines += [key_line(device_key), trust_line(trust), network_line()]
     mode = Mode.SERVICE if install.state == user.state == State.OK else Mode.SINGLE_USER
     return Report(
@@ -149,15 +149,40 @@ def install_line(roots: Iterable[Path], owners: frozenset[int] = frozenset({0}))
     )
 
 
-def user_line(uid: int, login_defs: Path = Path("/etc/login.defs")) -> Line:
-    """Whether FlexServe runs as a user of its own."""
+@dataclass(frozen=True)
+class Gateway:
+    """Who a gateway started as root becomes, and what keeps it from becoming that."""
+
+    name: str
+    closed: Path | None
+
+
+def _gateway(uid: int) -> Gateway | None:
+    """None where this user cannot become another."""
+    if uid != 0 or not users.may_change_user():
+        return None
+    account = users.gateway_account(None)
+    return Gateway(account.name, users.closed_to(installed(), account.uid))
+
+
+def user_line(
+    uid: int, login_defs: Path = Path("/etc/login.defs"), *, gateway: Gateway | None = None
+) -> Line:
+    """Whether FlexServe runs as users of its own."""
     stops = "programs of the users who log in: they are another user's"
     advice = "run it as a service with a system user of its own"
+    if gateway is not None and gateway.closed is None:
+        found = f"started as root: the gateway becomes user {gateway.name}, the secure process another"
+        return Line("user", State.OK, found, stops)
+    if gateway is not None:
+        found = f"the gateway stays root, since {gateway.closed} is closed to user {gateway.name}"
+        advice = "install FlexServe where other users may read it, outside of home directories"
+        return Line("user", State.WEAK, found, stops, advice)
     if uid == 0:
         return Line(
             "user", State.WEAK, "runs as root: a hijacked gateway would own the machine", stops, advice
         )
-    if uid <= _last_system_uid(login_defs) or uid in _DYNAMIC_USERS:
+    if uid <= _last_system_uid(login_defs) or uid in users.DYNAMIC_USERS:
         return Line("user", State.OK, f"runs as {_name(uid)}, a system user", stops)
     found = f"runs as {_name(uid)}, who logs in and runs other programs"
     return Line("user", State.WEAK, found, stops, advice)
@@ -182,21 +207,31 @@ def _name(uid: int) -> str:
 # The secure process
 
 
-def _process_lines() -> list[Line]:
+def _process_lines() -> tuple[list[Line], bool]:
+    """The lines, and whether the secure process's memory is locked."""
     try:
         seen = probe()
     except FlexServeError as error:
         advice = error.hint or "run doctor as the user who runs `flexserve serve`"
-        return [Line("secure_process", State.BROKEN, error.message, "", advice)]
-    return process_lines(seen)
+        return [Line("secure_process", State.BROKEN, error.message, "", advice)], False
+    return process_lines(seen), seen.measures.memory_locked
 
 
-def process_lines(seen: Probe) -> list[Line]:
-    """What was seen of the secure process, judged."""
+def process_lines(seen: Probe, kernel_has_landlock: bool | None = None) -> list[Line]:
+    """What was seen of the secure process, judged. `kernel_has_landlock`: None asks this machine's."""
     look, twin = seen.secure, seen.twin
-    started = f"{look.processes} processes were looked at from outside: it and its template process"
+    started = f"{look.processes} processes were looked at from outside: it, and those that run chat templates"
+    if kernel_has_landlock is None:
+        kernel_has_landlock = landlock.version() > 0
     return [
         Line("secure_process", State.OK, started, ""),
+        _secure_user(seen.user, look),
+        _yes_or_no(
+            "capabilities",
+            not look.capabilities,
+            ("it has none of root's powers", "it has capabilities"),
+            "a hijacked engine that uses root's powers",
+        ),
         _reach("memory", look, twin, ("mem", "maps", "environ", "auxv", "process_vm_readv")),
         _reach("ptrace", look, twin, ("ptrace",)),
         _core(look),
@@ -206,6 +241,19 @@ def process_lines(seen: Probe) -> list[Line]:
             ("no program it starts can gain privileges", "a program it starts could gain privileges"),
             "a hijacked engine that looks for setuid programs",
         ),
+        _yes_or_no(
+            "seccomp",
+            look.seccomp and seen.measures.file_refused,
+            (
+                "all its processes are filtered: no program, no connection, no file, no executable memory",
+                "a process of it may make any system call"
+                if not look.seccomp
+                else "it could open a file, filtered or not",
+            ),
+            "a hijacked engine or chat template that starts programs, opens files or connects to anything",
+        ),
+        _landlock(seen.measures, kernel_has_landlock),
+        _secret_memory(seen.measures),
         _yes_or_no(
             "descriptors",
             look.inherited_descriptor_closed,
@@ -218,6 +266,43 @@ def process_lines(seen: Probe) -> list[Line]:
         _environment(look, twin),
         _flexmem(seen.flexmem),
     ]
+
+
+def _secure_user(starter: int, look: Look) -> Line:
+    stops = "a hijacked gateway that reads the device's key, which the user it runs as cannot"
+    (first, *others) = look.users
+    if first not in (0, starter) and not others:
+        return Line("secure_user", State.OK, f"it became user {first}, who has nothing else", stops)
+    if starter == 0 and users.may_change_user():
+        found = f"it was started by root, and runs as {', '.join(map(str, look.users))}"
+        return Line("secure_user", State.BROKEN, found, stops, "report it: this version promises it")
+    found = f"it is the user of the gateway ({_name(first)}), who can read the device's key"
+    return Line(
+        "secure_user", State.WEAK, found, stops, "start it as root, as packaging/flexserve.service does"
+    )
+
+
+def _landlock(measures: Measures, kernel_has_it: bool) -> Line:
+    stops = "a hijacked engine that gets around seccomp: no file, no TCP connection, no signal to others"
+    if measures.landlock:
+        return Line(
+            "landlock", State.OK, f"used, version {measures.landlock} of the kernel's interface", stops
+        )
+    if kernel_has_it:
+        found = "this kernel has it, and the secure process does not use it"
+        return Line("landlock", State.BROKEN, found, stops, "report it: this version promises it")
+    found = "this kernel does not have it, or it is off: seccomp alone refuses files and connections"
+    return Line(
+        "landlock", State.WEAK, found, stops, "boot a kernel with Landlock in its list of security modules"
+    )
+
+
+def _secret_memory(measures: Measures) -> Line:
+    stops = "root's look through /proc and kernel bugs that read memory: for keys at rest, not for weights"
+    if measures.secret_memory:
+        return Line("memfd_secret", State.OK, "keys that are not being used are in secret memory", stops)
+    found = "keys are in ordinary memory: this kernel has no memfd_secret, or RLIMIT_MEMLOCK allows none"
+    return Line("memfd_secret", State.WEAK, found, stops, "boot with secretmem.enable=1 (before Linux 6.5)")
 
 
 def _reach(line_id: str, look: Look, twin: Look, ways: tuple[str, ...]) -> Line:
@@ -277,13 +362,17 @@ def _flexmem(flexmem: str) -> Line:
 # Memory and storage
 
 
-def swap_line(root: Path = Path("/")) -> Line:
-    """Whether the kernel may write the secure process's memory to a disk in clear."""
+def swap_line(root: Path = Path("/"), *, locked: bool = False) -> Line:
+    """Whether the kernel may write the secure process's memory to a disk in clear. `locked`: it says that it
+    keeps every page in memory."""
     stops = "whoever gets the disk"
     areas = _first_lines(root / "proc" / "swaps")[1:]
     plain = [area for line in areas if (area := line.split()[0]) and not _harmless(root, area)]
     if not plain:
         found = "swap is encrypted or in memory" if areas else "there is no swap"
+        return Line("swap", State.OK, found, stops)
+    if locked:
+        found = f"{', '.join(plain)} is never used for the secure process: its memory is locked"
         return Line("swap", State.OK, found, stops)
     if _cgroup_forbids_swap(root):
         found = f"{', '.join(plain)} is not for this cgroup (memory.swap.max 0)"
@@ -293,7 +382,8 @@ def swap_line(root: Path = Path("/")) -> Line:
         State.WEAK,
         f"{', '.join(plain)}: weights, prompts and KV may be written there in clear, nothing is locked",
         stops,
-        "switch it off (swapoff), encrypt it, or run FlexServe in a unit with MemorySwapMax=0",
+        "switch it off (swapoff), encrypt it, or run FlexServe as packaging/flexserve.service does, with "
+        "MemorySwapMax=0 and LimitMEMLOCK=infinity",
     )
 
 
@@ -328,29 +418,6 @@ def _first_lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
-
-
-# What this version does not do
-
-
-def sandbox_lines() -> list[Line]:
-    """Measures for a later version, and whether this kernel has them."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    landlock = libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_VERSION)
-    secret = libc.syscall(_SYS_MEMFD_SECRET, os.O_CLOEXEC)
-    if secret >= 0:
-        os.close(secret)
-    seccomp = Path("/proc/sys/kernel/seccomp/actions_avail").exists()
-
-    def line(line_id: str, has: bool, stops: str) -> Line:
-        kernel = "this kernel has it" if has else "this kernel does not have it"
-        return Line(line_id, State.UNUSED, f"not used yet; {kernel}", stops)
-
-    return [
-        line("seccomp", seccomp, "a hijacked engine that starts programs or opens connections"),
-        line("landlock", landlock >= 1, "a hijacked engine that opens files of this user"),
-        line("memfd_secret", secret >= 0, "a kernel bug that reads other processes' memory: keys"),
-    ]
 
 
 # Keys and the network

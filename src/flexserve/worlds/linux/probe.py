@@ -1,8 +1,8 @@
 """A program of the same user that tries to look into secure processes: `python -I -m flexserve.worlds.linux.probe`.
 
-It gives every capability away, starts two secure processes, the real one and a twin without hardening, and
-tries on both what debuggers, dumpers and curious programs do. What fails on the real one and works on the twin
-was stopped by the hardening. As their parent it is the strongest attacker of its kind: Yama lets only
+It starts two secure processes, the real one and a twin without hardening, and tries on both what debuggers, dumpers
+and curious programs do, as the user each of them is and without a capability. What fails on the real one and works
+on the twin was stopped by the hardening. As their parent it is the strongest attacker of its kind: Yama lets only
 ancestors trace. Knows Linux's calls; what the results mean is doctor.py's. Prints one `Probe` as JSON.
 """
 
@@ -11,30 +11,35 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import platform
 import resource
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from ...errors import EngineFailure, FlexServeError
 from ...sealed.keyfile import write_key
 from ...sealed.keys import DeviceKey
-from .channel import Configure, Failed, Ready
+from . import users
+from .channel import Configure, Failed, Measures, Ready
 from .process import SecureProcess
+from .seccomp import MACHINES, NUMBERS
+
+T = TypeVar("T")
 
 TIMEOUT_S = 60.0
 FILES = ("mem", "maps", "environ", "auxv")  # of /proc/PID
 
 _PTRACE_ATTACH, _PTRACE_DETACH = 16, 17
-_PR_CAPBSET_DROP = 24
-_CAPABILITY_VERSION_3 = 0x20080522
 _WALL = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -47,6 +52,8 @@ class Look:
     """What could be seen of one secure process and its children."""
 
     processes: int  # that were looked at
+    users: tuple[int, ...]  # they are
+    capabilities: bool  # whether one has any
     reached: tuple[str, ...]  # the ways in that worked: names of FILES, "process_vm_readv", "ptrace"
     no_new_privs: bool  # all of them
     seccomp: bool  # all of them
@@ -61,7 +68,9 @@ class Look:
 class Probe:
     """Both looks, and what the real process says about Flex-Mem."""
 
+    user: int  # who started them
     flexmem: str
+    measures: Measures  # what the real one says of itself
     secure: Look
     twin: Look
 
@@ -80,14 +89,37 @@ def probe() -> Probe:
     return msgspec.json.decode(done.stdout, type=Probe)
 
 
-def drop_capabilities() -> None:
-    """Be an ordinary program of this user, also if the user is root. Raises `OSError`."""
-    capability = 0
-    while _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # EPERM for ordinary users: they have none
-        capability += 1
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    if _libc.capset(header, (ctypes.c_uint32 * 6)()) != 0:
-        raise OSError(ctypes.get_errno(), "capset")
+def as_program_of(user: int, work: Callable[[], T]) -> T:
+    """Do `work` in a thread that is this user, without a capability; what it starts has none either.
+
+    A thread, not a process: to the kernel's Yama it is still an ancestor of what this process started.
+    """
+    results: list[T | BaseException] = []
+
+    def run() -> None:
+        try:
+            users.drop_bounding_set()
+            if users.may_change_user():  # the raw calls, which do not reach the other threads as libc's would
+                for name, arguments in (
+                    ("setgroups", (0, None)),
+                    ("setresgid", (user,) * 3),
+                    ("setresuid", (user,) * 3),
+                ):
+                    number = NUMBERS[name][MACHINES[platform.machine()].column]
+                    if _libc.syscall(number, *arguments) != 0:
+                        raise OSError(ctypes.get_errno(), name)
+            users.drop_capabilities()
+            results.append(work())
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    (result,) = results
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 class _Started:
@@ -115,22 +147,27 @@ class _Started:
             raise answer.error()
         if not isinstance(answer, Ready):
             raise EngineFailure(f"the secure process did not start ({self.process.end()})")
-        self.flexmem = answer.flexmem
+        self.flexmem, self.measures = answer.flexmem, answer.measures
 
     def look(self, *, crash: bool) -> Look:
         """Try everything, then end it: by a crash, when asked to."""
-        tree = [self.pid, *children(self.pid)]
-        status = [_status(pid) for pid in tree]
+        tree = family(self.pid)
+        status = [users.status(pid) for pid in tree]
+        who = {int(uid) for s in status for uid in s["Uid"].split()}
         closed = bool(select.select([self._leaked], [], [], 0)[0])  # readable: at its end, nobody writes
-        reached = tuple(name for name, way in _ways_in().items() if any(way(pid) for pid in tree))
+        reached = as_program_of(
+            min(who), lambda: tuple(name for name, way in _ways_in().items() if any(way(pid) for pid in tree))
+        )
         return Look(
             processes=len(tree),
+            users=tuple(sorted(who)),
+            capabilities=any(int(s[name], 16) for s in status for name in ("CapEff", "CapPrm", "CapInh")),
             reached=reached,
             no_new_privs=all(s.get("NoNewPrivs") == "1" for s in status),
             seccomp=all(s.get("Seccomp") == "2" for s in status),
             core_limit_bytes=_core_limit(self.pid),
             locked_bytes=int(status[0].get("VmLck", "0 kB").split()[0]) * 1024,
-            environment=_environment(self.pid),
+            environment=as_program_of(min(who), lambda: _environment(self.pid)),
             inherited_descriptor_closed=closed,
             dumped_core=_crash(self.pid) if crash else None,
         )
@@ -152,6 +189,11 @@ def children(pid: int) -> list[int]:
             if int(stat.rpartition(")")[2].split()[1]) == pid:
                 found.append(int(entry.name))
     return found
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that come from it."""
+    return [pid, *(below for child in children(pid) for below in family(child))]
 
 
 def _ways_in() -> dict[str, Callable[[int], bool]]:
@@ -183,11 +225,6 @@ def _attach(pid: int) -> bool:
     os.waitpid(pid, _WALL)
     _libc.ptrace(_PTRACE_DETACH, pid, None, None)
     return True
-
-
-def _status(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _core_limit(pid: int) -> int | None:
@@ -225,20 +262,23 @@ def look_at_both() -> Probe:
         os.chdir(directory)  # where a core would go
         write_key(directory / "probe.key", DeviceKey.generate())
         looks = []
+        user = os.geteuid()
         for hardened in (True, False):
-            started = _Started(directory, hardened=hardened)
+            if hardened:
+                started = _Started(directory, hardened=True)
+            else:  # with root's capabilities nobody could look into it, hardened or not
+                started = as_program_of(user, lambda: _Started(directory, hardened=False))
             try:
-                looks.append((started.flexmem, started.look(crash=hardened)))
+                looks.append((started, started.look(crash=hardened)))
             finally:
                 started.end()
         os.chdir("/")
-    (flexmem, secure), (_, twin) = looks
-    return Probe(flexmem, secure, twin)
+    (real, secure), (_, twin) = looks
+    return Probe(user, real.flexmem, real.measures, secure, twin)
 
 
 def main() -> None:
     """Print what was seen."""
-    drop_capabilities()
     try:
         result = look_at_both()
     except (FlexServeError, OSError) as error:
