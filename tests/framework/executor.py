@@ -95,6 +95,7 @@ class Executor:
         self.recalls: dict[int, int] = {}  # call -> chosen, until it is finished
         self.asked: list[int] = []
         self.failing = False  # saves fail
+        self.patience = 5_000  # steps until `drain` gives up
 
     # Events in, effects out
 
@@ -139,7 +140,7 @@ class Executor:
 
     def drain(self) -> None:
         """Everything that can happen by itself, happens."""
-        for _ in range(5_000):
+        for _ in range(self.patience):
             if self.queues:
                 self.run(next(iter(self.queues)))
             elif names := self.loading():

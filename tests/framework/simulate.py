@@ -8,6 +8,7 @@ import sys
 import time
 
 from flexserve.framework import events as ev
+from flexserve.framework.effects import Decision
 from flexserve.framework.events import Event
 from flexserve.framework.settings import Settings
 from flexserve.framework.weights import Part
@@ -24,9 +25,10 @@ class Timed(Executor):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.times: list[float] = []
+        self.patience = 1_000_000
         inner = self.framework.handle
 
-        def handle(now: float, event: Event):  # type: ignore[no-untyped-def]
+        def handle(now: float, event: Event) -> tuple[Decision, ...]:
             began = time.perf_counter()
             try:
                 return inner(now, event)

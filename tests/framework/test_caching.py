@@ -138,7 +138,8 @@ PARTS = st.lists(
 @st.composite
 def weights(draw: st.DrawFn) -> Weights:
     """Parts of any sizes; the first may not be filled."""
-    parts, first = [], draw(st.integers(0, 5))
+    parts: list[Part] = []
+    first = draw(st.integers(0, 5))
     for count, unit, short, gap in draw(PARTS):
         parts.append(Part(first, count, unit, count * unit - short, fill=bool(parts) or draw(st.booleans())))
         first += count + gap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -45,12 +46,8 @@ def answer(made: Executor, name: str, model: str, *, prompt: int = 100, session:
     made.check()
 
 
-def effects(made: Executor, kind: type, since: int = 0) -> list[ef.Decision]:
+def effects(made: Executor, kind: type, since: int = 0) -> list[Any]:
     return [d for _, _, ds in made.log[since:] for d in ds if isinstance(d.effect, kind)]
-
-
-def view(made: Executor, model: str) -> object:
-    return next(m for m in made.framework.view().models if m.model == model)
 
 
 def resident(made: Executor) -> dict[str, int]:

@@ -23,13 +23,16 @@ def best_distribution(records: Records) -> Distribution:
     return distribute(budget, records.model_uses(), records.session_uses(), records.now, records.settings)
 
 
-def work(records: Records) -> None:
-    """One step of each kind of background work that is due."""
-    if not any(r.state in (RequestState.PREPARING, RequestState.RUNNING) for r in records.active.values()):
+def work(records: Records, *, only_refill: bool = False) -> None:
+    """One step of each kind of background work that is due. `only_refill`: nothing but stage 2 can have become so."""
+    computing = (RequestState.PREPARING, RequestState.RUNNING)
+    if not only_refill and not any(r.state in computing for r in records.active.values()):
         save_early(records)
     # One that waits for memory is waited for: what is loaded now would be taken for it at once.
     if not records.active and calm_at(records) <= records.now:
         restore_distribution(records)
+    if only_refill:
+        return
     hand_lazily(records)
     limit_storage(records)
 
@@ -78,9 +81,13 @@ def lazy_at(records: Records, name: str) -> float | None:
 
 def restore_distribution(records: Records) -> None:
     """Stage 2, one step: the most invoked model that lacks a part of its prefix gets the next piece of it."""
+    ahead = records.settings.refill_ahead_bytes - records.ledger.loading
+    if ahead < records.settings.refill_ahead_bytes // 2 or not any(
+        model.weights.missing for model in records.models.values()
+    ):
+        return
     best = records.distribution = best_distribution(records)
     keep = Keep(best.prefix_bytes, best.sessions)
-    ahead = records.settings.refill_ahead_bytes - records.ledger.loading
     for share in best.shares:
         model = records.models[share.model]
         weights = model.weights
@@ -90,8 +97,6 @@ def restore_distribution(records: Records) -> None:
         goal = weights.forward(weights.fill_from, share.prefix_bytes)
         if not weights.absent(weights.fill_from, goal, weights.size):
             continue
-        if ahead < records.settings.refill_ahead_bytes // 2:
-            return  # enough on its way
         wanted = min(
             ahead, sum(weights.nbytes(a, b) for a, b in weights.absent(weights.fill_from, goal, weights.size))
         )

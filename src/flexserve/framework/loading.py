@@ -7,9 +7,9 @@ stays, the tail passes through a window, for every token. Compute tells where it
 from __future__ import annotations
 
 from .effects import LoadRange, Priority, StreamTail, Why
-from .reclaim import CHEAP, Stage, make_room, streamed_from, zone
+from .reclaim import CHEAP, Keep, Stage, make_room, streamed_from, zone
 from .records import ModelRecord, Records
-from .requests import ask
+from .requests import ask, needed_sessions
 from .tables import RequestState, SegmentState, SegmentTrigger
 from .weights import Span
 
@@ -18,6 +18,7 @@ FOR_WEIGHTS = (*CHEAP, Stage.UNSAVED_SESSIONS)
 
 def load_for_requests(records: Records) -> None:
     """Ask for what the requests that have started need next."""
+    keep = needed_sessions(records)
     for request in list(records.active.values()):
         if request.state == RequestState.SUSPENDED:
             continue
@@ -27,9 +28,9 @@ def load_for_requests(records: Records) -> None:
         if model.stopping or not model.weights.missing:
             continue
         if start is None:
-            _whole(records, model)
+            _whole(records, model, keep)
         else:
-            _window(records, model, start)
+            _window(records, model, start, keep)
 
 
 def _tell(records: Records, model: ModelRecord, start: int | None) -> None:
@@ -43,7 +44,7 @@ def _tell(records: Records, model: ModelRecord, start: int | None) -> None:
         ask(records, records.kv_in_use() + model.weights.fill_size + window - records.budget)
 
 
-def _whole(records: Records, model: ModelRecord) -> None:
+def _whole(records: Records, model: ModelRecord, keep: Keep) -> None:
     weights, ahead = model.weights, records.settings.load_ahead_bytes
     wanted = weights.missing
     if records.free - records.reserved < wanted:  # room has to be made, and it is made as loading goes on
@@ -51,23 +52,25 @@ def _whole(records: Records, model: ModelRecord) -> None:
         if loading > ahead // 2:
             return
         wanted = min(wanted, ahead - loading)
-        make_room(records, wanted + records.reserved, FOR_WEIGHTS, spare=model.name, why=Why.MAKE_ROOM)
+        make_room(
+            records, wanted + records.reserved, FOR_WEIGHTS, keep=keep, spare=model.name, why=Why.MAKE_ROOM
+        )
     _load(records, model, (weights.fill_from, weights.count), wanted, Why.MODEL_IN_USE)
 
 
-def _window(records: Records, model: ModelRecord, start: int) -> None:
+def _window(records: Records, model: ModelRecord, start: int, keep: Keep) -> None:
     weights = model.weights
     first = weights.absent(weights.fill_from, start, weights.size)
     missing = sum(weights.nbytes(a, b) for a, b in first)
     if missing:
-        make_room(records, missing + records.reserved, FOR_WEIGHTS, why=Why.MAKE_ROOM)
+        make_room(records, missing + records.reserved, FOR_WEIGHTS, keep=keep, why=Why.MAKE_ROOM)
         _load(records, model, (weights.fill_from, start), missing, Why.MODEL_IN_USE)
     low, high = zone(records, model)
     low = max(min(model.compute_at, weights.count), start)
     high = max(high, weights.forward(start, records.settings.stream_window_bytes))
     missing = sum(weights.nbytes(a, b) for a, b in weights.absent(low, high, weights.size))
     if missing:
-        make_room(records, missing + records.reserved, FOR_WEIGHTS, why=Why.MAKE_ROOM)
+        make_room(records, missing + records.reserved, FOR_WEIGHTS, keep=keep, why=Why.MAKE_ROOM)
         _load(records, model, (low, high), missing, Why.STREAMED)
 
 

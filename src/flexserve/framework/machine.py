@@ -83,7 +83,7 @@ class Framework:
         records.now = max(records.now, now)
         records.decisions = []
         _HANDLERS[type(event)](records, event)
-        _settle(records, idle_work=type(event) not in _BUSY)
+        _settle(records, event)
         return tuple(records.decisions)
 
     def due(self) -> float | None:
@@ -143,14 +143,14 @@ class Framework:
         self._records.check()
 
 
-def _settle(records: Records, *, idle_work: bool) -> None:
+def _settle(records: Records, event: ev.Event) -> None:
     reclaim.enforce(records)
     _deadline(records)
     _close_models(records)
     requests.advance(records)
     loading.load_for_requests(records)
-    if idle_work:
-        background.work(records)
+    if type(event) not in _BUSY:
+        background.work(records, only_refill=type(event) is ev.SegmentsChanged)
     _finish_recalls(records)
 
 
@@ -290,6 +290,7 @@ def _request_arrived(records: Records, event: ev.RequestArrived) -> None:
         hint = "send the request again later"
         return requests.refuse(records, request, Why.QUEUE_FULL, code="busy", message=message, hint=hint)
     model.usage.invoked(records.now, records.settings)
+    records.changes += 1
     return None
 
 

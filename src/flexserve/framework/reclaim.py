@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
-from .caching import rank
 from .effects import DropSession, Recall, SaveSession, StopLoading, SuspendRequest, Why
 from .records import ModelRecord, Records, RequestRecord, SessionRecord
 from .tables import (
@@ -134,7 +133,7 @@ def _at(records: Records, stage: Stage, needed: int, keep: Keep, spare: str | No
 
 def least_invoked(records: Records) -> list[ModelRecord]:
     """All models, those that go first first."""
-    order = [records.models[use.model] for use in reversed(rank(records.model_uses()))]
+    order = [records.models[name] for name in reversed(records.ranked())]
     useless = [m for m in records.models.values() if m.state in (ModelState.POISONED, ModelState.LEAVING)]
     return useless + order
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .caching import Distribution, ModelUse, SessionUse
+from .caching import Distribution, ModelUse, SessionUse, rank
 from .effects import Decision, Effect, Fact, Why
 from .order import Range
 from .settings import Settings
@@ -28,7 +28,7 @@ from .tables import (
     SessionTrigger,
     after,
 )
-from .usage import Usage
+from .usage import Usage, bucket
 from .weights import Ledger, Span, Weights
 
 
@@ -119,6 +119,8 @@ class Records:
         self.pressed_at: float | None = None  # last recall or loss
         self.asked_bytes = 0  # by the last `AskOffer`
         self.stored_bytes = 0
+        self.changes = 0  # of anything that ranks models
+        self._ranked: tuple[tuple[int, int], list[str]] | None = None
         self.distribution: Distribution | None = None
         self.decisions: list[Decision] = []
 
@@ -164,6 +166,7 @@ class Records:
 
     def move_model(self, model: ModelRecord, trigger: ModelTrigger) -> None:
         model.state = after(MODEL, model.state, trigger)
+        self.changes += 1
         if model.state == ModelState.GONE:
             model.weights.forget()
             del self.models[model.name]
@@ -247,6 +250,13 @@ class Records:
             self.stored_bytes += amount
 
     # What caching looks at
+
+    def ranked(self) -> list[str]:
+        """Names of the models that answer, most invoked first. Kept until an invocation comes or grows old."""
+        key = (self.changes, bucket(self.now, self.settings))
+        if self._ranked is None or self._ranked[0] != key:
+            self._ranked = key, [use.model for use in rank(self.model_uses())]
+        return self._ranked[1]
 
     def model_uses(self) -> list[ModelUse]:
         return [

@@ -129,23 +129,29 @@ def prepare(records: Records, request: RequestRecord) -> None:
     source = records.sessions.get(request.source) if request.source is not None else None
     if source is not None and (source.model != request.model or source.state == SessionState.FREEING):
         source = None
+    kv_tokens = _rounded(records, model, request.prompt_tokens)
+    size = records.kv_bytes(model, kv_tokens)
+    if (
+        source is not None
+        and source is not own
+        and _least(records, model, size + source.nbytes) > records.budget
+    ):
+        source = None  # both do not fit beside each other: compute it again
     unstable = (SessionState.DROPPING, SessionState.FREEING)
     if own.owner not in (None, request.name) or own.readers or own.state in unstable:
         return _wait(records, request)
+    there = own.nbytes if own.state in _IN_MEMORY else 0
+    if not _fits(records, model, max(size, there)):
+        return _wait(records, request)
     if source is not None:
-        if source.state == SessionState.STORED and _has_room(records, model, source.nbytes, own, source):
+        if source.state == SessionState.STORED and _has_room(records, request, model, source.nbytes):
             records.move_session(source, SessionTrigger.RESTORE)
             records.do(RestoreSession(source.name), Why.CONTINUES_SESSION, nbytes=source.nbytes)
         if source.state in (SessionState.STORED, SessionState.RESTORING, SessionState.DROPPING):
             return _wait(records, request)
     elif own.state == SessionState.RESTORING:
         return _wait(records, request)
-    kv_tokens = _rounded(records, model, request.prompt_tokens)
-    size = records.kv_bytes(model, kv_tokens)
-    there = own.nbytes if own.state in _IN_MEMORY else 0
-    if not _fits(records, model, max(size, there)) or not _has_room(
-        records, model, max(size - there, 0), own, source
-    ):
+    if not _has_room(records, request, model, max(size - there, 0)):
         return _wait(records, request)
     reuse = min(request.matched_tokens, source.tokens) if source is not None else 0
     records.move_session(own, SessionTrigger.OPEN, nbytes=max(size, there))
@@ -177,20 +183,37 @@ def _rounded(records: Records, model: ModelRecord, tokens: int) -> int:
     return max(tokens, min(-(-(tokens + 1) // chunk) * chunk, model.context_tokens))
 
 
+def _least(records: Records, model: ModelRecord, nbytes: int) -> int:
+    """The smallest budget that holds that much more KV in use, and streams the model."""
+    return records.kv_in_use() + nbytes + records.window(model)
+
+
 def _fits(records: Records, model: ModelRecord, nbytes: int) -> bool:
     """Whether the budget can hold that much more KV in use. If not, memory is asked for."""
-    least = records.kv_in_use() + nbytes + records.window(model)
+    least = _least(records, model, nbytes)
     if least > records.budget:
         ask(records, least - records.budget)
     return least <= records.budget
 
 
-def _has_room(records: Records, model: ModelRecord, nbytes: int, *keep: SessionRecord | None) -> bool:
-    """Whether that much more KV is free now; if not, room is made, but not of the sessions in `keep`."""
-    kept = Keep({}, frozenset(session.name for session in keep if session is not None))
+def needed_sessions(records: Records, request: RequestRecord | None = None) -> Keep:
+    """The sessions that requests wait with, in the order of their start and up to this one: nobody who comes
+    later takes them to make room. (A recall does.)"""
+    names: set[str] = set()
+    for one in records.active.values():
+        if one.state != RequestState.RUNNING:
+            names.update(name for name in (one.session, one.source) if name)
+        if one is request:
+            break
+    return Keep({}, frozenset(names))
+
+
+def _has_room(records: Records, request: RequestRecord, model: ModelRecord, nbytes: int) -> bool:
+    """Whether that much more KV is free now; if not, room is made."""
     if not _fits(records, model, nbytes):
         return False
-    if make_room(records, nbytes, FOR_KV, keep=kept, why=Why.MAKE_ROOM):
+    keep = needed_sessions(records, request)
+    if make_room(records, nbytes, FOR_KV, keep=keep, why=Why.MAKE_ROOM):
         return True
     records.reserved += nbytes
     return False
@@ -210,7 +233,7 @@ def grow(records: Records, request: RequestRecord, tokens: int) -> None:
     session = records.sessions[request.session]
     kv_tokens = _rounded(records, model, tokens)
     size = records.kv_bytes(model, kv_tokens)
-    if _has_room(records, model, max(size - session.nbytes, 0)):
+    if _has_room(records, request, model, max(size - session.nbytes, 0)):
         records.resize_session(session, max(size, session.nbytes))
         request.kv_tokens = kv_tokens
         records.do(GrantKv(request.name, kv_tokens), Why.KV_GROWS, nbytes=session.nbytes)
@@ -228,7 +251,7 @@ def resume(records: Records, request: RequestRecord, *, at_any_price: bool = Fal
     session = records.sessions[request.session]
     size = records.kv_bytes(model, request.wanted_tokens)
     if session.state == SessionState.STORED:
-        if _has_room(records, model, max(size, session.nbytes)):
+        if _has_room(records, request, model, max(size, session.nbytes)):
             records.move_session(session, SessionTrigger.RESTORE)
             records.do(RestoreSession(session.name), Why.ENOUGH, nbytes=session.nbytes)
         return
@@ -236,7 +259,7 @@ def resume(records: Records, request: RequestRecord, *, at_any_price: bool = Fal
         return
     more = max(size - session.nbytes, 0)
     if (more or not at_any_price) and not (
-        _fits(records, model, session.nbytes + more) and _has_room(records, model, more, session)
+        _fits(records, model, session.nbytes + more) and _has_room(records, request, model, more)
     ):
         return
     records.move_session(session, SessionTrigger.OPEN, nbytes=session.nbytes + more)
@@ -284,6 +307,7 @@ def finish(records: Records, request: RequestRecord, tokens: int, *, keep: bool)
     release(records, request)
     records.move_request(request, RequestTrigger.FINISH)
     model.usage.last_used = records.now
+    records.changes += 1
     if session is None or not computed:
         return
     if session.state in (SessionState.OPEN, *_IN_MEMORY):

@@ -21,17 +21,17 @@ class Usage:
     last_used: float = -1.0  # time of the last arrival or end; -1: never
     typical_prompt_tokens: float = 0.0
     _prompts: int = 0
-    _recent: deque[list[int]] = field(default_factory=deque)  # [bucket, invocations]
+    _recent: deque[list[int]] = field(default_factory=deque)  # [step, invocations]
     _frequency: float = 0.0  # decayed count at `_frequency_at`
     _frequency_at: float = 0.0
 
     def invoked(self, now: float, settings: Settings) -> None:
         """A request for this model arrived."""
-        bucket = _bucket(now, settings)
-        if self._recent and self._recent[-1][0] == bucket:
+        step = bucket(now, settings)
+        if self._recent and self._recent[-1][0] == step:
             self._recent[-1][1] += 1
         else:
-            self._recent.append([bucket, 1])
+            self._recent.append([step, 1])
         self._frequency = self.frequency(now, settings) + 1.0
         self._frequency_at = now
         self.last_used = now
@@ -44,7 +44,7 @@ class Usage:
 
     def recent(self, now: float, settings: Settings) -> int:
         """Invocations in the last hour (`rate_window_s`, to the sixtieth of it)."""
-        oldest = _bucket(now, settings) - BUCKETS
+        oldest = bucket(now, settings) - BUCKETS
         while self._recent and self._recent[0][0] <= oldest:
             self._recent.popleft()
         return sum(count for _, count in self._recent)
@@ -55,5 +55,6 @@ class Usage:
         return float(self._frequency * 0.5**age)
 
 
-def _bucket(now: float, settings: Settings) -> int:
+def bucket(now: float, settings: Settings) -> int:
+    """The step of the rate's window that a time is in."""
     return int(now * BUCKETS // settings.rate_window_s)
