@@ -22,7 +22,13 @@ _PATTERN = 0xA5
 SLOT_BYTES = 64
 _PAGE = mmap.PAGESIZE
 _BYTES_HEADER = bytes.__basicsize__ - 1  # CPython: the content follows it, and a zero
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_MAP_FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class _Vault:
@@ -37,7 +43,7 @@ class _Vault:
     def take(self) -> memoryview:
         with self._lock:
             if not self._free:
-                page = memoryview(self._page())
+                page = memoryview(self._page()).cast("B")
                 self._free = [page[at : at + SLOT_BYTES] for at in range(0, _PAGE, SLOT_BYTES)]
             return self._free.pop()
 
@@ -46,26 +52,27 @@ class _Vault:
         with self._lock:
             self._free.append(slot)
 
-    def _page(self) -> mmap.mmap:
+    def _page(self) -> ctypes.Array[ctypes.c_char]:
         fd = -1 if self.ordinary else int(_libc.syscall(_SYS_MEMFD_SECRET, os.O_CLOEXEC))
         self.is_secret = False
         if fd >= 0:
-            try:
-                os.ftruncate(fd, _PAGE)
-                page = mmap.mmap(fd, _PAGE, mmap.MAP_SHARED)
+            # Not Python's mmap, which keeps a descriptor open: root could map it again through /proc/PID/fd.
+            os.ftruncate(fd, _PAGE)
+            address = _libc.mmap(None, _PAGE, _READ_WRITE, mmap.MAP_SHARED, fd, 0)
+            os.close(fd)
+            if address != _MAP_FAILED:
                 self.is_secret = True
-                return page
-            except OSError:  # RLIMIT_MEMLOCK counts it
-                pass
-            finally:
-                os.close(fd)
-        page = mmap.mmap(-1, _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                _libc.madvise(address, _PAGE, _MADV_DONTFORK)
+                return (ctypes.c_char * _PAGE).from_address(address)
+        # No such call, or more than RLIMIT_MEMLOCK, which counts it.
+        address = _libc.mmap(None, _PAGE, _READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if address == _MAP_FAILED:
+            raise MemoryError
         if not self.ordinary:
             for advice in (_MADV_DONTFORK, _MADV_DONTDUMP):
-                page.madvise(advice)
-            view = (ctypes.c_char * _PAGE).from_buffer(page)
-            _libc.mlock(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(_PAGE))
-        return page
+                _libc.madvise(address, _PAGE, advice)
+            _libc.mlock(address, _PAGE)
+        return (ctypes.c_char * _PAGE).from_address(address)
 
 
 _vault = _Vault()
