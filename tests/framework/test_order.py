@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexserve.framework.order import Range, join, load_order
+from flexserve.framework.order import Range, join, load_order, without
 
 UNITS = st.integers(1, 400)
 
@@ -57,3 +57,16 @@ def test_everything_a_tied_model_needs_is_in_the_plan(
 
 def test_a_prompt_without_rows_loads_the_body_only() -> None:
     assert load_order(Range(0, 9), Range(9, 4), [], tied_output=False) == [Range(9, 4)]
+
+
+@given(st.integers(0, 50), UNITS, st.data())
+def test_what_is_left_out_of_the_body_and_what_is_loaded_are_all_of_it(
+    first: int, count: int, data: st.DataObject
+) -> None:
+    body = Range(first, count)
+    holes = join(sorted(data.draw(st.sets(st.integers(first, first + count - 1)))))
+    left = without(body, holes)
+    assert sorted(indices(left) + indices(holes)) == indices([body])
+    assert indices(left) == sorted(indices(left))
+    assert all(r.count > 0 for r in left)
+    assert load_order(Range(0, 1), body, [], tied_output=False, left_out=holes) == left

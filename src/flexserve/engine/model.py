@@ -21,14 +21,15 @@ from ..flexmem.arena import Arena, SegmentState
 from ..flexmem.loader import WORKERS, Loader, SpanTrace
 from ..flexmem.source import SealedSource
 from ..flexmem.uffd import Userfaultfd
-from ..framework.order import Range, load_order
-from ..sealed.format import Region, RegionKind
-from ..sealed.layout import EMBEDDING, LEARNED_POSITIONS, rows_to_units
+from ..sealed.format import RegionKind
+from ..sealed.layout import LEARNED_POSITIONS
 from ..sealed.reader import UnlockedModel
 from ..sealed.verify import check_inside
 from .cache import cache_bytes
-from .layout import CopyFiles, places, would_gain
+from .layout import CopyFiles, would_gain
+from .layout import places as copy_places
 from .llama import Context, ContextOptions, Model, Sampler
+from .needs import Needs, places_of
 from .prompt import prompt_tokens
 from .template import TemplateZygote
 from .text import StopStrings, Utf8Stream
@@ -79,7 +80,12 @@ class SecureModel:
         self._embed, self._body = weights.region(RegionKind.EMBED), weights.region(RegionKind.BODY)
         # Whether the embedding is the output matrix too. In a copy that is so only while it is not repacked.
         self._tied = manifest.description.tied_output and len(weights.tensors) == len(manifest.tensors)
-        self._embedding = next(t for t in header.tensors if t.name == EMBEDDING)
+        places = (
+            places_of(manifest.tensors, header)
+            if copy is None
+            else copy_places(copy.copy.manifest.tensors, header)
+        )
+        self._needs = Needs(header, places, self._embed, self._body, tied_output=self._tied)
         template = header.metadata.get("tokenizer.chat_template")
         self._template = template if isinstance(template, str) else None
         self._faults = Userfaultfd() if options.on_demand else None
@@ -92,12 +98,7 @@ class SecureModel:
             self._buffer_type = ggml.ArenaBufferType(
                 f"flexmem-{next(_names)}",
                 self.arena.base,
-                [
-                    (tensor.name, extent.image_offset, extent.length)
-                    for tensor, extent in zip(header.tensors, manifest.tensors, strict=True)
-                ]
-                if copy is None
-                else places(copy.copy.manifest.tensors, header),
+                places,
             )
             self._model = Model.from_skeleton(
                 meta, manifest.gguf_bytes, self._buffer_type, repacked=copy is not None
@@ -236,14 +237,12 @@ class SecureModel:
         """Bring lazy segments back and plan the absent ones, in the order this prompt needs them."""
         assert self._loader
         self.arena.pin(self.arena.segments_in(SegmentState.LAZY))
-        embed, body = _range(self._embed), _range(self._body)
-        rows = rows_to_units(self._embedding, prompt)
-        if not self._loader.on_demand:
-            self._loader.load([embed, body])
-            self._loader.wait()
-            self._loader.check()
+        if self._loader.on_demand:
+            self._loader.load(self._needs.order(prompt))
             return
-        self._loader.load(load_order(embed, body, rows, tied_output=self._tied))
+        self._loader.load(self._needs.everything())
+        self._loader.wait()
+        self._loader.check()
 
     def _decode(self, tokens: list[int], cancelled: Callable[[], bool]) -> bool:
         """One decode; False when cancelled. Whatever it computed on unauthentic pages is never used."""
@@ -365,10 +364,6 @@ class _Output:
         """The whole answer, with what was held back."""
         self._text += [self._stops.feed(self._utf8.flush()), self._stops.flush()]
         return "".join(self._text), tuple(self._ids)
-
-
-def _range(region: Region) -> Range:
-    return Range(region.first_segment, region.segment_count)
 
 
 def _seed(request: Request) -> int:

@@ -28,15 +28,30 @@ def join(indices: Iterable[int]) -> list[Range]:
     return ranges
 
 
-def load_order(embed: Range, body: Range, rows: Iterable[int], *, tied_output: bool) -> list[Range]:
+def without(whole: Range, holes: Iterable[Range]) -> list[Range]:
+    """What is left of a range; `holes` are sorted, do not touch each other and lie inside it."""
+    left: list[Range] = []
+    at = whole.first
+    for hole in holes:
+        if hole.first > at:
+            left.append(Range(at, hole.first - at))
+        at = hole.first + hole.count
+    end = whole.first + whole.count
+    return [*left, Range(at, end - at)] if end > at else left
+
+
+def load_order(
+    embed: Range, body: Range, rows: Iterable[int], *, tied_output: bool, left_out: Iterable[Range] = ()
+) -> list[Range]:
     """The order for one request: the embedding units of the prompt's tokens, the body (which is sealed in
     execution order), then the whole embedding when it serves as output matrix too.
 
     `rows`: sorted units within EMBED, counted from 0. An untied embedding is never loaded as a whole:
-    the rows of generated tokens are fetched when compute touches them.
+    the rows of generated tokens are fetched when compute touches them. So are the parts of the body in
+    `left_out` (as for `without`): experts, of which nobody knows yet which ones the prompt will choose.
     """
     order = [Range(embed.first + r.first, r.count) for r in join(rows)]
-    order.append(body)
+    order += without(body, left_out)
     if tied_output:
         order.append(embed)
     return order
