@@ -18,15 +18,14 @@ def test_an_evicted_file_has_no_page_in_the_cache(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(os.urandom(1 << 20))
     machine.warm(path)
-    machine.check_cache(path, cached=True)
     machine.evict(path)
-    machine.check_cache(path, cached=False)
+    machine.check_evicted(path)
     with path.open("rb") as file:
         assert machine.cached_pages(file.fileno()) == 0
         file.read(1 << 16)
         assert machine.cached_pages(file.fileno()) > 0
     with pytest.raises(EngineFailure, match="just before a cold start"):
-        machine.check_cache(path, cached=False)
+        machine.check_evicted(path)
 
 
 def test_backed_memory_is_held_until_it_is_released(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ class Side(Protocol):
         """Everything up to the memory's preparation: processes, page cache, resident segments."""
 
     def check(self) -> None:
-        """That the page cache is as it should be. Raises `EngineFailure`."""
+        """Make sure that the page cache is as it should be. Raises `EngineFailure`."""
 
     def go(self) -> Sample:
         """Answer; the clock runs inside."""
@@ -110,10 +110,13 @@ class PlainSide:
         if self.cold:
             machine.evict(self._model.gguf)
         else:
-            machine.warm(self._model.gguf)
+            machine.warm(self._model.gguf)  # now, because it takes memory
 
     def check(self) -> None:
-        machine.check_cache(self._model.gguf, cached=not self.cold)
+        if self.cold:
+            machine.check_evicted(self._model.gguf)
+        else:
+            machine.warm(self._model.gguf)  # again: the kernel may have taken pages meanwhile
 
     def go(self) -> Sample:
         assert self._process is not None
@@ -298,7 +301,7 @@ class SealedSide:
     def check(self) -> None:
         if self.cold:
             for path in self._world.files:
-                machine.check_cache(path, cached=False)
+                machine.check_evicted(path)
 
     def go(self) -> Sample:
         return self._world.ask(self._ids)
