@@ -49,6 +49,7 @@ from .channel import (
     Status,
     Tokens,
 )
+from .generation import LinuxGeneration
 from .process import SecureProcess
 from .starter import Starter
 from .storage import Storage, given_away
@@ -72,35 +73,6 @@ class _EndedLoading(ModelUnsupported):
 
 class _NotStarted(EngineFailure):
     """The process ended before it was ready, and gave no reason."""
-
-
-class LinuxGeneration:
-    """One answer in progress (`worlds.base.Generation`)."""
-
-    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
-        self._id = request_id
-        self._cancel = cancel
-        self._items: queue.SimpleQueue[Event | FlexServeError] = queue.SimpleQueue()
-        self._ended = False
-
-    def __iter__(self) -> LinuxGeneration:
-        return self
-
-    def __next__(self) -> Event:
-        if self._ended:
-            raise StopIteration
-        item = self._items.get()
-        self._ended = not isinstance(item, Token)
-        if isinstance(item, FlexServeError):
-            raise item
-        return item
-
-    def cancel(self) -> None:
-        self._cancel(self._id)
-
-    def push(self, item: Event | FlexServeError) -> None:
-        """For the world only."""
-        self._items.put(item)
 
 
 class LinuxWorld:
