@@ -22,7 +22,8 @@ from flexserve.flexmem import ggml
 from flexserve.sealed.gguf import read_header
 from flexserve.sealed.layout import EMBEDDING, execution_order
 
-from ..architectures import CASES, GENERATORS, QUANTS, VOCABULARY, build
+from ..architectures import CASES, GENERATORS, QUANTS, VOCABULARY, WIDE, build, with_weights
+from ..sealed.test_split import split, write_parts
 from .secure_models import CONTEXT_TOKENS, Opener, forget, plain, sealed_greedy
 
 NAMES = [case.name for case in GENERATORS]
@@ -49,6 +50,17 @@ def test_the_sealed_model_says_what_plain_llama_cpp_says(
     assert sealed_greedy(model, PROMPT, COUNT) == expected  # resident
     forget(model)
     assert sealed_greedy(model, PROMPT, COUNT) == expected  # after a recall
+    opener.discard(opened)
+
+
+def test_a_split_model_says_what_plain_llama_cpp_says_from_its_parts(opener: Opener, tmp_path: Path) -> None:
+    whole = with_weights(CASES["Qwen3"].make(WIDE), "Q8_0", 3)
+    count = len(whole.weights)
+    paths = write_parts(split(whole, [2, count - 5, 3]), tmp_path)
+    with plain(paths[0]) as other:
+        expected = other.greedy(PROMPT, COUNT)
+    opened = opener.open(paths[0])
+    assert sealed_greedy(opened.model, PROMPT, COUNT) == expected
     opener.discard(opened)
 
 

@@ -28,7 +28,7 @@ from .common import (
 def command(
     *, model: Path, out: Path, vendor: Path, model_id: str | None, version: int, passphrase_file: Path | None
 ) -> None:
-    """Encrypt and sign a GGUF model."""
+    """Encrypt and sign a GGUF model. Of a split model give the first part, NAME-00001-of-000NN.gguf."""
     key = load_vendor_key(vendor, passphrase_source(passphrase_file))
     with sigterm_interrupts(), progress_bar("sealing") as progress:
         manifest = seal(model, out, key, model_id, version, progress=progress)

@@ -139,6 +139,9 @@ class GGUFHeader:
     alignment: int
     metadata: Mapping[str, Value]
     types: Mapping[str, tuple[ValueType, ValueType | None]]  # of a value; the second: of an array's elements
+    spans: Mapping[
+        str, tuple[int, int]
+    ]  # where a key with its value lies in the header: first byte, one behind the last
     tensors: tuple[TensorInfo, ...]
     data_offset: int
     file_bytes: int
@@ -222,7 +225,7 @@ def parse_header(data: bytes, file_bytes: int) -> GGUFHeader:
         raise ModelMalformed(f"{key_count} metadata keys, at most {MAX_KEYS} are allowed")
     if tensor_count > MAX_TENSORS:
         raise ModelMalformed(f"{tensor_count} tensors, at most {MAX_TENSORS} are allowed")
-    metadata, types = _read_metadata(reader, key_count)
+    metadata, types, spans = _read_metadata(reader, key_count)
     alignment = _alignment(metadata, types)
     tensors = _read_tensors(reader, tensor_count, alignment)
     data_offset = reader.pos + -reader.pos % alignment
@@ -246,6 +249,7 @@ def parse_header(data: bytes, file_bytes: int) -> GGUFHeader:
         alignment=alignment,
         metadata=MappingProxyType(metadata),
         types=MappingProxyType(types),
+        spans=MappingProxyType(spans),
         tensors=tensors,
         data_offset=data_offset,
         file_bytes=file_bytes,
@@ -254,11 +258,13 @@ def parse_header(data: bytes, file_bytes: int) -> GGUFHeader:
 
 def _read_metadata(
     reader: _Reader, count: int
-) -> tuple[dict[str, Value], dict[str, tuple[ValueType, ValueType | None]]]:
+) -> tuple[dict[str, Value], dict[str, tuple[ValueType, ValueType | None]], dict[str, tuple[int, int]]]:
     metadata: dict[str, Value] = {}
     types: dict[str, tuple[ValueType, ValueType | None]] = {}
+    spans: dict[str, tuple[int, int]] = {}
     strings = 0
     for number in range(count):
+        start = reader.pos
         key = reader.name(f"the name of key {number}", MAX_KEY_BYTES)
         if key in metadata:
             raise ModelMalformed(f"key {key!r} occurs twice")
@@ -283,7 +289,8 @@ def _read_metadata(
         else:
             metadata[key] = _number_array(reader, key, kind, 1)[0].item()
         types[key] = (kind, element)
-    return metadata, types
+        spans[key] = (start, reader.pos)
+    return metadata, types, spans
 
 
 def _number_array(reader: _Reader, key: str, kind: ValueType, length: int) -> NumberArray:

@@ -15,19 +15,20 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core import SEGMENT_SIZE
-from ..errors import ModelMalformed, NotFound, StorageFailure, Usage
+from ..errors import ModelMalformed, StorageFailure, Usage
 from . import format as fmt
 from .crypto import KEY_BYTES, TAG_BYTES, SegmentCipher, key_commitment
 from .files import BulkWriter, page_buffer, pwrite_all, replacing
 from .format import Description, Manifest, Plan, Region, RegionKind, TensorExtent
-from .gguf import GGUFHeader, check_model, describe, read_header
+from .gguf import GGUFHeader, check_model, describe
 from .keys import VendorKey
 from .layout import plan_layout
+from .split import open_source
 
 THREADS = 3  # two compute while one waits for the storage
 CHUNK_BYTES = SEGMENT_SIZE  # a multiple of every unit; what a thread works on at a time
@@ -46,6 +47,9 @@ class Content:
     tensors: tuple[TensorExtent, ...]  # image places, in GGUF order
     file_offsets: tuple[int, ...]  # of the same tensors in the GGUF file
     description: Description
+    part_of: tuple[
+        int, ...
+    ] = ()  # which part of a split model each tensor is in, counted from 0; none: not split
 
 
 def seal(
@@ -59,8 +63,9 @@ def seal(
 ) -> Manifest:
     """Seal a model into a new file, replacing `out_path` only when everything is written and synced.
 
-    Without `model_id` it is made from the file's `general.name`, or its own name. `progress` is called a few
-    times per second from this thread. Raises `Usage`, `NotFound`, `ModelMalformed`, `ModelUnsupported`,
+    Of a split model `gguf_path` is the first part; the others are found by their names. Without `model_id` it is
+    made from the file's `general.name`, or its own name. `progress` is called a few times per second from this
+    thread. Raises `Usage`, `NotFound`, `ModelMalformed`, `ModelUnsupported`,
     `StorageFailure`; then, and on KeyboardInterrupt, no file is left.
     """
     if not 1 <= version <= fmt.MAX_INTEGER:
@@ -70,16 +75,18 @@ def seal(
             f"{model_id!r} cannot be a model id",
             hint="1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
         )
-    with _open_source(gguf_path) as source:
-        if out_path.exists() and out_path.samefile(gguf_path):
+    with ExitStack() as stack:
+        source = open_source(gguf_path, stack)
+        if out_path.exists() and any(os.path.samestat(out_path.stat(), os.fstat(f)) for f in source.files):
             raise Usage(f"{out_path} is the model itself", hint="give another name with -o")
-        meta, header = read_header(source)
-        check_model(header)
-        content = content_of(meta, header)
-        name = model_id or default_model_id(describe(header).name, gguf_path.stem)
+        check_model(source.header)
+        content = replace(
+            content_of(source.meta, source.header), file_offsets=source.offsets, part_of=source.part_of
+        )
+        name = model_id or default_model_id(describe(source.header).name, gguf_path.stem)
         with replacing(out_path) as out:
             return write_sealed(
-                source, out, content, vendor, model_id=name, version=version, progress=progress
+                source.files, out, content, vendor, model_id=name, version=version, progress=progress
             )
 
 
@@ -120,22 +127,8 @@ def _short_name(text: str) -> str:
     return slug or "unknown"
 
 
-@contextmanager
-def _open_source(path: Path) -> Iterator[int]:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise NotFound(f"there is no model file {path}") from None
-    except OSError as error:
-        raise StorageFailure(f"cannot open {path}: {error.strerror}") from error
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def write_sealed(
-    source: int,
+    source: int | Sequence[int],
     out: int,
     content: Content,
     vendor: VendorKey,
@@ -145,7 +138,7 @@ def write_sealed(
     model_key: bytes | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write a whole sealed file to the empty file `out`; `source` is the GGUF file.
+    """Write a whole sealed file to the empty file `out`; `source` is the GGUF file, or all parts of it.
 
     `model_key` is for tests and vectors: elsewhere every sealing makes its own.
     """
@@ -157,7 +150,8 @@ def write_sealed(
         raise ModelMalformed(f"the model is too large to seal: {layout.image_bytes} bytes")
     cipher = SegmentCipher(key, sealing_id, fmt.encode_name(model_id), version)
     info = fmt.vendor_wrap_info(model_id, version, sealing_id, commitment)
-    table = _Encryptor(source, out, content, layout, cipher).run(progress)
+    sources = [source] if isinstance(source, int) else source
+    table = _Encryptor(sources, out, content, layout, cipher).run(progress)
     manifest = Manifest(
         vendor_key_id=vendor.public.key_id,
         vendor_point=vendor.public.point,
@@ -181,12 +175,12 @@ def write_sealed(
 class _Image:
     """The plaintext of the regions, gathered from the GGUF file."""
 
-    def __init__(self, source: int, content: Content) -> None:
-        self._source = source
+    def __init__(self, sources: Sequence[int], content: Content) -> None:
         self._meta = content.meta
         order = sorted(range(len(content.tensors)), key=lambda i: content.tensors[i])
-        self._extents = [(*content.tensors[i], content.file_offsets[i]) for i in order]
-        self._starts = [start for start, _, _ in self._extents]
+        parts = content.part_of or (0,) * len(content.tensors)
+        self._extents = [(*content.tensors[i], sources[parts[i]], content.file_offsets[i]) for i in order]
+        self._starts = [start for start, *_ in self._extents]
 
     def read(self, region: Region, start: int, out: memoryview) -> None:
         """Fill `out` with the region's bytes from `start`, zeros where no tensor is."""
@@ -198,21 +192,24 @@ class _Image:
         begin = region.image_offset + start
         end = begin + len(out)
         done = begin
-        for offset, length, file_offset in self._extents[max(0, bisect_right(self._starts, begin) - 1) :]:
+        for offset, length, source, file_offset in self._extents[
+            max(0, bisect_right(self._starts, begin) - 1) :
+        ]:
             if offset >= end:
                 break
             first, last = max(offset, begin), min(offset + length, end)
             if first >= last:
                 continue
             out[done - begin : first - begin] = bytes(first - done)
-            self._pread(out[first - begin : last - begin], file_offset + first - offset)
+            self._pread(source, out[first - begin : last - begin], file_offset + first - offset)
             done = last
         out[done - begin :] = bytes(end - done)
 
-    def _pread(self, out: memoryview, offset: int) -> None:
+    @staticmethod
+    def _pread(source: int, out: memoryview, offset: int) -> None:
         while out:
             try:
-                count = os.preadv(self._source, [out], offset)
+                count = os.preadv(source, [out], offset)
             except OSError as error:
                 raise StorageFailure(f"cannot read the model file: {error.strerror}") from error
             if count == 0:
@@ -223,8 +220,10 @@ class _Image:
 class _Encryptor:
     """Encrypts all segments with a few threads: each reads, encrypts, hashes, writes one chunk at a time."""
 
-    def __init__(self, source: int, out: int, content: Content, layout: Plan, cipher: SegmentCipher) -> None:
-        self._image = _Image(source, content)
+    def __init__(
+        self, sources: Sequence[int], out: int, content: Content, layout: Plan, cipher: SegmentCipher
+    ) -> None:
+        self._image = _Image(sources, content)
         self._out = BulkWriter(out)
         self._cipher = cipher
         self._table = memoryview(bytearray(fmt.SEGMENT_ENTRY_BYTES * layout.segment_count))
