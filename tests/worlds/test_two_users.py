@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,7 @@ def server(device: Device) -> Iterator[Served]:
             ],
             cwd="/",
             env=environment,
+            preexec_fn=with_the_units_capabilities,  # noqa: PLW1509 (system calls only)
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -96,6 +98,43 @@ def server(device: Device) -> Iterator[Served]:
         finally:
             if process.poll() is None:
                 process.kill()
+
+
+def unit() -> dict[str, str]:
+    """The settings of packaging/flexserve.service."""
+    lines = (ROOT / "packaging" / "flexserve.service").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if re.match(r"\w+=", line))
+
+
+CAPABILITIES = {"CAP_CHOWN": 0, "CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8}
+
+
+def with_the_units_capabilities() -> None:
+    """Be root as far as the unit lets it."""
+    kept = {CAPABILITIES[name] for name in unit()["CapabilityBoundingSet"].split()}
+    users.drop_bounding_set(kept)
+    users.drop_capabilities(kept)
+
+
+def test_the_unit_keeps_secrets_out_of_swap_and_cores_and_needs_no_other_power() -> None:
+    settings = unit()
+    assert settings["MemorySwapMax"] == "0"
+    assert settings["LimitMEMLOCK"] == "infinity"
+    assert settings["LimitCORE"] == "0"
+    assert settings["NoNewPrivileges"] == "yes"
+    assert set(settings["CapabilityBoundingSet"].split()) == set(CAPABILITIES)
+    for name in ("userfaultfd", "memfd_secret", "seccomp", "landlock_restrict_self"):
+        assert name in settings["SystemCallFilter"].split(), "or a measure would be refused"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_understands_the_unit() -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(ROOT / "packaging" / "flexserve.service")],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    complaints = [x for x in done.stderr.splitlines() if "flexserve" in x and "is not executable" not in x]
+    assert complaints == []
 
 
 def ids(pid: int, field: str) -> set[int]:

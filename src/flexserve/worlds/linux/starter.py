@@ -1,4 +1,4 @@
-"""Starts secure processes for a gateway that is root no longer: `python -I -m flexserve.worlds.linux.starter FD`.
+"""Starts secure processes for a gateway that is root no longer.
 
 A root process of a few lines, so that the gateway need not be one: only root may give the secure process a user of
 its own, and only it may read the device's key. What the gateway can ask is "start" and "kill", without arguments: which
@@ -41,7 +41,14 @@ class Starter:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-I", "-B", "-m", __name__, str(theirs.fileno())],
+                [
+                    sys.executable,
+                    "-I",
+                    "-B",
+                    "-c",
+                    f"from {__name__} import main; main()",
+                    str(theirs.fileno()),
+                ],
                 pass_fds=(theirs.fileno(),),
                 env={k: v for k in ("CREDENTIALS_DIRECTORY",) if (v := os.environ.get(k))},
                 stdin=subprocess.DEVNULL,
@@ -131,7 +138,3 @@ def _keep_little() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     users.drop_bounding_set(_KEPT)
     users.drop_capabilities(_KEPT)
-
-
-if __name__ == "__main__":
-    main()

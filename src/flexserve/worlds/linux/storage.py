@@ -59,10 +59,10 @@ def given_away(state: Path, uid: int, gid: int) -> Path:
     directory = state.parent
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        os.fchown(fd, uid, gid)
         for path in (state, state.with_suffix(".lock")):
             with contextlib.suppress(FileNotFoundError):
                 os.chown(path, uid, gid, follow_symlinks=False)
+        os.fchown(fd, uid, gid)  # last: root without all its powers cannot enter it afterwards
     except OSError as error:
         raise StorageFailure(f"cannot give {directory} to user {uid}: {error.strerror}") from error
     return Path(f"/proc/self/fd/{fd}")
