@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from flexserve.framework import events as ev
+from flexserve.framework.effects import AnswerRecall
 from flexserve.framework.order import Range
 from flexserve.framework.settings import Settings
 from flexserve.framework.weights import Part
@@ -79,9 +80,10 @@ class AnyOrder(RuleBasedStateMachine):
         number=st.integers(0, 2),
         explicit=st.booleans(),
         rows=st.integers(0, 7),
+        rest=st.booleans(),
     )
     def a_request_arrives(
-        self, data: st.DataObject, model: str, prompt: int, number: int, explicit: bool, rows: int
+        self, data: st.DataObject, model: str, prompt: int, number: int, explicit: bool, rows: int, rest: bool
     ) -> None:
         self.count += 1
         name = f"r{self.count}"
@@ -92,11 +94,31 @@ class AnyOrder(RuleBasedStateMachine):
         row = (Range(rows, 1),) if model in ("a", "b") else ()
         answer = Answer(model, session, prompt, source, matched, row)
         self.world.ask(name, answer, explicit=explicit)
+        if rest:
+            self.world.drain()
+
+    @precondition(lambda self: self.stored())
+    @rule(data=st.data(), same=st.booleans(), more=st.integers(0, 90))
+    def a_saved_conversation_goes_on(self, data: st.DataObject, same: bool, more: int) -> None:
+        source = data.draw(st.sampled_from(self.stored()))
+        self.count += 1
+        model, tokens = source.split("/")[0], self.world.kvs[source].stored_tokens
+        session = source if same else f"{model}/r{self.count}"
+        answer = Answer(model, session, tokens + more + 1, source, tokens)
+        self.world.ask(f"r{self.count}", answer, explicit=same)
+
+    def stored(self) -> list[str]:
+        sessions = self.world.framework._records.sessions.values() if hasattr(self, "world") else ()
+        return sorted(s.name for s in sessions if s.state.value == "stored")
+
+    def any_in(self, *states: str) -> bool:
+        return hasattr(self, "world") and any(a.state in states for a in self.world.answers.values())
 
     def some(self, data: st.DataObject, *states: str) -> str | None:
         names = [n for n, a in self.world.answers.items() if a.state in states]
         return data.draw(st.sampled_from(names)) if names else None
 
+    @precondition(lambda self: self.any_in("queued", "prepared", "computing", "suspended"))
     @rule(data=st.data())
     def a_client_leaves(self, data: st.DataObject) -> None:
         if (name := self.some(data, "queued", "prepared", "computing", "suspended")) is not None:
@@ -104,11 +126,13 @@ class AnyOrder(RuleBasedStateMachine):
 
     # Compute
 
+    @precondition(lambda self: self.any_in("computing"))
     @rule(data=st.data(), tokens=st.integers(1, 40))
     def tokens_are_computed(self, data: st.DataObject, tokens: int) -> None:
         if (name := self.some(data, "computing")) is not None:
             self.world.step(name, tokens)
 
+    @precondition(lambda self: self.any_in("computing"))
     @rule(data=st.data())
     def compute_walks_through_the_weights(self, data: st.DataObject) -> None:
         if (name := self.some(data, "computing")) is not None:
@@ -120,6 +144,7 @@ class AnyOrder(RuleBasedStateMachine):
                 for index in order[first : first + 4]:
                     self.world.touch(model, index)
 
+    @precondition(lambda self: self.any_in("prepared", "computing"))
     @rule(data=st.data(), keep=st.booleans())
     def an_answer_ends(self, data: st.DataObject, keep: bool) -> None:
         if (name := self.some(data, "prepared", "computing")) is not None:
@@ -127,6 +152,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     # Threads
 
+    @precondition(lambda self: self.world.queues or self.world.loading())
     @rule(data=st.data(), steps=st.integers(1, 8))
     def threads_go_on(self, data: st.DataObject, steps: int) -> None:
         for _ in range(steps):
@@ -139,6 +165,7 @@ class AnyOrder(RuleBasedStateMachine):
             else:
                 self.world.run(key)
 
+    @precondition(lambda self: self.world.queues or self.world.loading())
     @rule()
     def everything_comes_to_rest(self) -> None:
         self.world.drain()
@@ -152,18 +179,24 @@ class AnyOrder(RuleBasedStateMachine):
     def storage_fails_or_recovers(self, failing: bool) -> None:
         self.world.failing = failing
 
+    @precondition(lambda self: self.stored())
     @rule(data=st.data())
     def storage_loses_a_session(self, data: st.DataObject) -> None:
-        names = [n for n, s in self.world.framework._records.sessions.items() if s.state.value == "stored"]
-        if names:
-            self.world.kvs[data.draw(st.sampled_from(names))].corrupt = True
+        self.world.kvs[data.draw(st.sampled_from(self.stored()))].corrupt = True
 
     # The operating system
 
     @rule(nbytes=st.integers(1, 40_000), deadline=st.sampled_from([None, 0.0, 2.0]))
     def the_os_takes_memory(self, nbytes: int, deadline: float | None) -> None:
+        """A recall is honoured up to what is there above the floor, and what cannot be taken right now."""
         self.calls += 1
+        records = self.world.framework._records
+        above = max(records.present - records.settings.floor_bytes, 0)
+        stuck = sum(s.nbytes for s in records.in_memory.values() if s.readers or s.retry_at > records.now)
+        stuck += sum(m.weights.present for m in records.models.values() if m.state.value == "closing")
         self.world.post(ev.PressureRecall(self.calls, nbytes, deadline))
+        (chosen,) = [d.effect for d in self.world.log[-1][2] if isinstance(d.effect, AnswerRecall)]
+        assert min(nbytes, above) - stuck <= chosen.chosen_bytes <= nbytes
 
     @rule(nbytes=st.integers(1, 40_000))
     def the_os_offers_memory(self, nbytes: int) -> None:
@@ -173,6 +206,7 @@ class AnyOrder(RuleBasedStateMachine):
     def the_operator_sets_the_budget(self, nbytes: int) -> None:
         self.world.post(ev.BudgetSet(nbytes))
 
+    @precondition(lambda self: any("lazy" in i.state.values() for i in self.world.images.values()))
     @rule(data=st.data(), model=st.sampled_from(NAMES))
     def the_kernel_takes_a_lazy_segment(self, data: st.DataObject, model: str) -> None:
         if model in self.world.images:
@@ -227,4 +261,4 @@ class AnyOrder(RuleBasedStateMachine):
 
 def test_no_order_of_events_breaks_a_rule() -> None:
     run: Any = run_state_machine_as_test
-    run(AnyOrder, settings=hypothesis_settings(max_examples=25, stateful_step_count=30, deadline=None))
+    run(AnyOrder, settings=hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None))

@@ -265,6 +265,40 @@ def test_a_save_that_a_request_overtook_does_not_count() -> None:
     made.check()
 
 
+def test_a_late_report_of_an_older_save_does_not_mark_the_newer_one_as_done() -> None:
+    made = world(models="a")
+    answer(made, "r1", "a", session="a/s")
+    for request in ("r2", "r3"):  # idle, being saved; then a request changes the KV before that is written
+        made.now += SETTINGS.save_after_s
+        made.post(ev.Tick())
+        made.run("kv a/s")
+        if request == "r2":
+            made.ask(request, Answer("a", "a/s", 50), explicit=True)
+            made.run("request r2")
+            made.run("kv a/s")
+            made.finish(request)
+    made.run("storage a/s")  # the first save, reported while the second is under way
+    assert made.log[-1][2][0].why == Why.STALE
+    made.check()
+    made.drain()
+    made.check()
+    assert made.kvs["a/s"].stored == made.kvs["a/s"].memory
+
+
+def test_loading_that_a_recall_stopped_goes_on_when_memory_comes_back() -> None:
+    made = world(models="a")
+    made.ask("r1", Answer("a", "a/s", 10))
+    for _ in range(60):
+        made.load("a")
+    made.post(ev.PressureRecall(1, 5 * MIB))
+    made.drain()
+    assert effects(made, ef.StopLoading)
+    assert made.framework.view().held <= made.framework.view().budget
+    made.post(ev.Offer(200 * MIB))
+    made.drain()
+    assert resident(made) == {"a": 100}
+
+
 def test_idle_weights_are_handed_over_lazily_and_made_firm_for_a_request() -> None:
     made = world(replace(SETTINGS, lazy=True), models="a")
     answer(made, "r1", "a")
