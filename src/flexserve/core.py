@@ -97,8 +97,10 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     sampling: Sampling = field(default_factory=Sampling)
+    embed: bool = False  # make one embedding of the prompt instead of an answer; not of messages
 
     def __post_init__(self) -> None:
+        _check(not (self.embed and self.messages is not None), "embed", "of a prompt or token ids")
         _check(1 <= len(self.id) <= 128, "id", "1 to 128 characters")
         _check(1 <= len(self.model) <= 128, "model", "1 to 128 characters")
         given = [x for x in (self.messages, self.prompt, self.token_ids) if x is not None]
@@ -163,6 +165,7 @@ class Finished:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     timings: Timings
+    embedding: bytes = b""  # of a request with `embed`: float32, little-endian, a vector of length 1
 
 
 Event = Token | Finished
@@ -183,6 +186,7 @@ class ModelInfo:
     has_chat_template: bool
     execution_layout: bool = False  # from the device's own copy, which needs no repacking
     layout_hint: str = ""  # why not, in one line; empty when it is, or when nothing is to be gained
+    makes_embeddings: bool = False  # instead of text
 
 
 @dataclass(frozen=True)

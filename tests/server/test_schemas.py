@@ -17,7 +17,7 @@ from .conftest import Post
 from .running import Running
 
 ANSWERS = ["completion", "completion-chunk", "chat-completion", "chat-completion-chunk"]
-OURS = ["run", "list", "ps", "health", "models", "error", *ANSWERS]
+OURS = ["run", "embed", "embeddings", "list", "ps", "health", "models", "error", *ANSWERS]
 UNITS = ("_s", "_s_ago", "_bytes", "_tokens", "_tokens_per_s")
 UNITLESS = {
     # Counts, names of OpenAI's, and versions: the key says what is counted.

@@ -20,6 +20,7 @@ from .common import print_error
 
 VERBS: dict[str, tuple[str, str]] = {
     "run": ("run", "answer a prompt with a sealed model"),
+    "embed": ("embed", "make embeddings of texts with a sealed model"),
     "serve": ("serve", "serve models over an OpenAI-compatible API"),
     "ps": ("ps", "show what a running server does and holds in memory"),
     "list": ("list", "name the models of a running server"),

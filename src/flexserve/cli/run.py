@@ -172,30 +172,30 @@ def command(
         raise Usage("--raw has no place for a system message", hint="leave out --raw or --system")
     sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     settings = _Settings(max_tokens, stop, sampling, system, raw, verbose)
-    text = _prompt(prompt)
+    text = prompt_text(prompt)
     if text is None and (as_json or raw):
         raise Usage(f"{'--json' if as_json else '--raw'} needs a prompt", hint="give one, or pipe it in")
     _request(settings, "check", _turn(settings, text or "x"))  # refuse bad values before starting anything
 
     with sigterm_interrupts():
-        if _is_file(model):
+        if is_file(model):
             options = WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file)
             path = Path(model)
             source = model_source(path.stem[:128], path, licence, copy=copy, use_copy=not no_copy)
-            opened = _own_world(world_name, options, source)
+            opened = own_world(world_name, options, source)
         else:
-            opened = _server(model, admin_socket)
+            opened = opened_server(model, admin_socket)
         with opened as started:
             if text is None:
                 return _talk(started, settings)
             return _answer_once(started, settings, text, as_json=as_json)
 
 
-def _is_file(model: str) -> bool:
+def is_file(model: str) -> bool:
     return "/" in model or model.endswith(".flex") or Path(model).exists()
 
 
-def _prompt(argument: str | None) -> str | None:
+def prompt_text(argument: str | None) -> str | None:
     """The prompt given or piped in; None: there is a terminal to talk on. Raises `Usage`."""
     if argument is None and sys.stdin.isatty():
         return None
@@ -215,7 +215,7 @@ def _prompt(argument: str | None) -> str | None:
 
 
 @contextmanager
-def _own_world(world_name: str, options: WorldOptions, source: ModelSource) -> Iterator[_Started]:
+def own_world(world_name: str, options: WorldOptions, source: ModelSource) -> Iterator[_Started]:
     """A world for this call, with the model registered."""
     world = make_world(world_name, options)
     try:
@@ -232,7 +232,7 @@ def _own_world(world_name: str, options: WorldOptions, source: ModelSource) -> I
 
 
 @contextmanager
-def _server(name: str, admin_socket: Path | None) -> Iterator[_Started]:
+def opened_server(name: str, admin_socket: Path | None) -> Iterator[_Started]:
     """The running server, if it has the model."""
     from ..server.client import ServerClient
 
@@ -270,7 +270,7 @@ def _request(settings: _Settings, model: str, prompt: tuple[Message, ...] | str)
     )
 
 
-def _read(answerer: Answerer, request: Request, show: Callable[[str], None]) -> Finished:
+def read_answer(answerer: Answerer, request: Request, show: Callable[[str], None]) -> Finished:
     """The whole answer, shown piece by piece. Ctrl-C cancels it, and again gives up waiting for its end."""
     generation = answerer.generate(request)
     shown = 0
@@ -313,12 +313,14 @@ def _ctrl_c(cancel: Callable[[], None]) -> Iterator[None]:
 def _answer_once(started: _Started, settings: _Settings, text: str, *, as_json: bool) -> int:
     """The exit code: 0, or 130 after Ctrl-C."""
     request = _request(settings, started.model, _turn(settings, text))
-    finished = _read(started.answerer, request, (lambda _: None) if as_json else write_answer)
+    finished = read_answer(started.answerer, request, (lambda _: None) if as_json else write_answer)
     cancelled = finished.finish_reason == FinishReason.CANCELLED
     if as_json:
         import msgspec
 
-        click.echo(msgspec.json.encode(finished))  # one line: a token id on each would bury the rest
+        shown = msgspec.to_builtins(finished)
+        del shown["embedding"]  # `flexserve embed` is for those
+        click.echo(msgspec.json.encode(shown))  # one line: a token id on each would bury the rest
     elif not finished.text.endswith("\n"):
         write_answer("\n")
     _note_times(started, settings, finished, first=True)
@@ -365,7 +367,7 @@ def _talk(started: _Started, settings: _Settings) -> int:
             continue
         try:
             turn = _turn(settings, text, history)
-            finished = _read(started.answerer, _request(settings, started.model, turn), write_answer)
+            finished = read_answer(started.answerer, _request(settings, started.model, turn), write_answer)
         except FlexServeError as error:
             click.echo()
             print_error(error)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..sealed.family_rules import ENCODERS, RECURRENT
 from ..sealed.gguf import GGUFHeader
+from ..sealed.layout import EMBEDDING
 from ..sealed.model_rules import REVIEWED
 
 _F16, _F32 = 2, 4
@@ -32,6 +33,15 @@ def cache_bytes(header: GGUFHeader, context_tokens: int) -> int:
     cells = -(-context_tokens // CELL_PADDING) * CELL_PADDING
     attention = _attention_elements(header) * _F16 * cells
     return attention if arch in REVIEWED else attention + _state_bytes(header)
+
+
+def pooled_bytes(header: GGUFHeader, context_tokens: int) -> int:
+    """What computing an embedding of so many tokens takes at once, at most: all scores of one layer's attention in an
+    encoder, all logits in a model that could also generate text."""
+    if header.architecture in ENCODERS:
+        return _number(header, "attention.head_count", 0) * context_tokens**2 * _F32
+    embedding = next(t for t in header.tensors if t.name == EMBEDDING)
+    return embedding.rows * context_tokens * _F32
 
 
 def _number(header: GGUFHeader, key: str, default: int) -> int:

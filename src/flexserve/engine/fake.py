@@ -1,6 +1,6 @@
 """A fake engine: scripted answers in scripted time. A public test double, never part of a real world.
 
-It keeps an engine's visible promises (token events, stop strings, UTF-8 that is never cut, context
+It keeps an engine's visible promises (token events, embeddings, stop strings, UTF-8 that is never cut, context
 overflow with both numbers, cancelling, timings) and computes nothing. A token is one byte of UTF-8, its id
 the byte's value. Without a script it echoes the prompt; sampling settings are accepted and change nothing.
 
@@ -13,7 +13,10 @@ It knows nothing of models, memory, queues and threads: that is `worlds/fake.py`
 from __future__ import annotations
 
 import codecs
+import hashlib
 import itertools
+import math
+import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -120,6 +123,9 @@ class FakeEngine:
                 f"the prompt has {prompt_tokens} tokens and the answer may have {request.max_tokens or 1}, "
                 f"together more than the context of {context_tokens}"
             )
+        if request.embed:
+            yield self._embedding(prompt, prompt_tokens, wake)
+            return
         script = self.scripts.get(prompt, Script(prompt))
         data = script.text.encode()
         stream = itertools.cycle(data or b" ") if request.ignore_eos else iter(data)
@@ -163,6 +169,26 @@ class FakeEngine:
                 decode_tokens_per_s=_rate(len(ids) - 1, end - first),
             ),
         )
+
+    def _embedding(self, prompt: str, prompt_tokens: int, wake: threading.Event) -> Finished:
+        begun = self.clock.now()
+        self.clock.sleep(self.prefill_s, wake)
+        script = self.scripts.get(prompt)
+        if script is not None and script.error is not None:
+            raise script.error
+        took = self.clock.now() - begun
+        timings = Timings(prefill_s=took, ttft_s=took, total_s=took, prompt_tokens=prompt_tokens)
+        if wake.is_set():
+            return Finished("", (), FinishReason.CANCELLED, timings)
+        return Finished("", (), FinishReason.STOP, timings, fake_embedding(prompt))
+
+
+def fake_embedding(text: str) -> bytes:
+    """A vector of eight numbers that depends on the text and on nothing else."""
+    digest = hashlib.sha256(text.encode()).digest()
+    raw = [byte - 127.5 for byte in digest[:8]]
+    length = math.hypot(*raw)
+    return struct.pack("<8f", *(x / length for x in raw))
 
 
 def _rate(count: int, seconds: float) -> float:

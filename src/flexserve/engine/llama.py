@@ -205,6 +205,7 @@ class ContextOptions:
 
     context_tokens: int
     threads: int
+    embeddings: bool = False  # make embeddings, as the model's pooling says, instead of logits
 
 
 class Context:
@@ -213,11 +214,14 @@ class Context:
     def __init__(self, model: Model, options: ContextOptions) -> None:
         params = api.llama_context_default_params()
         params.n_ctx = options.context_tokens
-        params.n_batch = params.n_ubatch = min(BATCH_TOKENS, options.context_tokens)
+        # Pooling, and attention in both directions, want all tokens of a text in one batch.
+        batch = options.context_tokens if options.embeddings else min(BATCH_TOKENS, options.context_tokens)
+        params.n_batch = params.n_ubatch = batch
         params.n_seq_max = 1
-        params.n_outputs_max = (
-            1  # logits for one position: a full batch of them would take 250 MB at 128k tokens
-        )
+        # Logits for one position: a full batch of them would take 250 MB at 128k tokens.
+        params.n_outputs_max = batch if options.embeddings else 1
+        params.embeddings = options.embeddings
+        self._batch_tokens = batch
         params.n_threads = params.n_threads_batch = options.threads
         params.no_perf = True
         self.stop = ggml.AbortFlag()
@@ -240,12 +244,13 @@ class Context:
         self.used = 0
 
     def decode(self, tokens: Sequence[int]) -> bool:
-        """Put tokens behind those already there, in batches of BATCH_TOKENS; logits are those of the last.
+        """Put tokens behind those already there, in batches of BATCH_TOKENS (for embeddings, all at once); logits are
+        those of the last.
 
         Returns False when `stop` was set meanwhile. Raises `EngineFailure`.
         """
-        for at in range(0, len(tokens), BATCH_TOKENS):
-            part = tokens[at : at + BATCH_TOKENS]
+        for at in range(0, len(tokens), self._batch_tokens):
+            part = tokens[at : at + self._batch_tokens]
             array = (api.llama_token * len(part))(*part)
             status = api.llama_decode(self.handle, api.llama_batch_get_one(array, len(part)))
             if status == 2:
@@ -261,6 +266,18 @@ class Context:
 
         pointer = api.llama_get_logits_ith(self.handle, -1)
         return np.ctypeslib.as_array(pointer, shape=(self._model.vocab.size,))
+
+    def embedding(self) -> Any:
+        """The pooled vector of all tokens, float32, as llama.cpp computed it; valid until the next decode.
+
+        Raises `EngineFailure`.
+        """
+        import numpy as np
+
+        pointer = api.llama_get_embeddings_seq(self.handle, 0)
+        if not pointer:
+            raise EngineFailure("llama.cpp made no embedding")
+        return np.ctypeslib.as_array(pointer, shape=(int(api.llama_model_n_embd_out(self._model.handle)),))
 
     def close(self) -> None:
         if self.handle:

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ..core import Finished, FinishReason, ModelInfo, ModelStatus, Request, Timings, Token
 from ..errors import ContextOverflow, InvalidRequest, ModelUnsupported
@@ -25,7 +25,8 @@ from ..sealed.format import RegionKind
 from ..sealed.layout import LEARNED_POSITIONS
 from ..sealed.reader import UnlockedModel
 from ..sealed.verify import check_inside
-from .cache import cache_bytes
+from .cache import cache_bytes, pooled_bytes
+from .embedding import check_kind, makes_embeddings, most_tokens, packed
 from .layout import CopyFiles, would_gain
 from .layout import places as copy_places
 from .llama import Context, ContextOptions, Model, Sampler
@@ -88,6 +89,7 @@ class SecureModel:
         self._needs = Needs(header, places, self._embed, self._body, tied_output=self._tied)
         template = header.metadata.get("tokenizer.chat_template")
         self._template = template if isinstance(template, str) else None
+        self._embeds = makes_embeddings(header)
         self._faults = Userfaultfd() if options.on_demand else None
         self.arena = Arena((self._embed, self._body), self._faults, hide_from_dumps=options.hide_from_dumps)
         self._loader: Loader | None = None
@@ -104,18 +106,26 @@ class SecureModel:
                 meta, manifest.gguf_bytes, self._buffer_type, repacked=copy is not None
             )
             trained = self._model.context_tokens or DEFAULT_CONTEXT_TOKENS
-            context_tokens = options.context_tokens or min(trained, DEFAULT_CONTEXT_TOKENS)
-            if any(t.name == LEARNED_POSITIONS for t in header.tensors):  # there is no row for a later token
+            most = most_tokens(header) if self._embeds else DEFAULT_CONTEXT_TOKENS
+            context_tokens = options.context_tokens or min(trained, most)
+            learned = any(t.name == LEARNED_POSITIONS for t in header.tensors)
+            if learned:  # there is no row for a later token
                 context_tokens = min(context_tokens, trained)
             _ = self._model.vocab.control_tokens  # made now, not while the first client waits
             self._kv_bytes = cache_bytes(header, context_tokens)
-            if self._kv_bytes > kv_limit_bytes():
+            needed = self._kv_bytes + (pooled_bytes(header, context_tokens) if self._embeds else 0)
+            if needed > kv_limit_bytes():
                 raise ModelUnsupported(
-                    f"{context_tokens} tokens of this model take {self._kv_bytes >> 20} MiB to remember, "
+                    f"{context_tokens} tokens of this model take {needed >> 20} MiB to remember, "
                     f"and this machine allows {kv_limit_bytes() >> 20} MiB",
                     hint="choose a smaller context",
                 )
-            self._context = Context(self._model, ContextOptions(context_tokens, options.threads))
+            self._context = Context(
+                self._model, ContextOptions(context_tokens, options.threads, embeddings=self._embeds)
+            )
+            # llama.cpp rounds the context up: room that these cannot use.
+            exact = learned or self._embeds
+            self._context_tokens = context_tokens if exact else self._context.context_tokens
             self._loader = Loader(
                 self.arena,
                 SealedSource(unlocked, cached, direct)
@@ -137,10 +147,11 @@ class SecureModel:
             architecture=description.architecture,
             quantization=description.quantization,
             parameters=description.parameters,
-            context_tokens=self._context.context_tokens,
+            context_tokens=self._context_tokens,
             weight_bytes=self._embed.length + self._body.length,
             has_chat_template=self._template is not None,
             execution_layout=copy is not None,
+            makes_embeddings=self._embeds,
         )
         self.would_gain = copy is None and would_gain(header)
         self._kv_bytes = cache_bytes(header, self._context.context_tokens)
@@ -154,7 +165,7 @@ class SecureModel:
         cancelled: Callable[[], bool],
         accepted_at: float,
     ) -> Finished:
-        """Answer one request; `emit` gets each token. One call at a time.
+        """Answer one request; `emit` gets each token, of which an embedding has none. One call at a time.
 
         `accepted_at`: time.perf_counter() when the request arrived. Raises `ContextOverflow`,
         `TemplateFailure`, `InvalidRequest`, `SegmentNotAuthentic`, `EngineFailure`.
@@ -172,14 +183,17 @@ class SecureModel:
         assert self._model and self._context and self._loader
         started = time.perf_counter()
         self._loader.check()
+        check_kind(embeds=self._embeds, wanted=request.embed, model=request.model)
         self._requests += 1
         vocab = self._model.vocab
         prompt = prompt_tokens(request, vocab, self._template, self._zygote)
-        room = self._context.context_tokens - len(prompt)
-        if room < (request.max_tokens or 1):
+        room = self._context_tokens - len(prompt)
+        answer_tokens = 0 if request.embed else request.max_tokens or 1
+        if room < answer_tokens:
             raise ContextOverflow(
-                f"the prompt has {len(prompt)} tokens and the answer may have {request.max_tokens or 1}, "
-                f"but the context of model {request.model!r} holds {self._context.context_tokens}"
+                f"the prompt has {len(prompt)} tokens and the answer may have {answer_tokens}, "
+                f"but the context of model {request.model!r} holds {self._context_tokens}",
+                hint="send a shorter text" if request.embed else None,
             )
         if not prompt:
             raise InvalidRequest(
@@ -188,6 +202,8 @@ class SecureModel:
         tokenized = time.perf_counter()
         before = self._loader.times()
         self._context.stop.set(False)
+        if request.embed:
+            return self._embedding(prompt, cancelled, (accepted_at, started, tokenized))
         sampler = Sampler(request.sampling, _seed(request), vocab.size)
         try:
             self._start_loading(prompt)
@@ -224,13 +240,41 @@ class SecureModel:
                 output_tokens=len(ids),
                 prefill_tokens_per_s=len(prompt) / (prefilled - tokenized),
                 decode_tokens_per_s=(len(ids) - 1) / decode_s if len(ids) > 1 else 0.0,
-                load_bytes=loaded.load_bytes,
-                read_s=loaded.read_s,
-                decrypt_s=loaded.decrypt_s,
-                place_s=loaded.place_s,
-                faults=loaded.faults,
-                fault_wait_s=loaded.fault_wait_s,
+                **asdict(loaded),
             ),
+        )
+
+    def _embedding(
+        self, prompt: list[int], cancelled: Callable[[], bool], times: tuple[float, float, float]
+    ) -> Finished:
+        """`times`: when the request was accepted, started and tokenised."""
+        assert self._context and self._loader
+        accepted_at, started, tokenized = times
+        before = self._loader.times()
+        try:
+            self._start_loading(prompt)
+            self._context.clear()
+            alive = self._decode(prompt, cancelled)
+            embedding = packed(self._context.embedding()) if alive else b""
+        finally:
+            self._context.clear()
+            self._last_used = time.perf_counter()
+        ended = time.perf_counter()
+        return Finished(
+            "",
+            (),
+            FinishReason.STOP if alive else FinishReason.CANCELLED,
+            Timings(
+                queue_s=started - accepted_at,
+                tokenize_s=tokenized - started,
+                prefill_s=ended - tokenized,
+                ttft_s=ended - accepted_at,
+                total_s=ended - accepted_at,
+                prompt_tokens=len(prompt),
+                prefill_tokens_per_s=len(prompt) / (ended - tokenized),
+                **asdict(self._loader.times().since(before)),
+            ),
+            embedding,
         )
 
     def _start_loading(self, prompt: list[int]) -> None:

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from .. import __version__
 from ..core import Event, Finished
 from ..errors import FlexServeError
+from .embeddings import Embeddings
 from .gate import EVENTS, Gate, HostRule, read_json, send_whole
 from .gateway import Gateway
 from .stream import AnswerStream
@@ -74,6 +75,7 @@ def _api_routes(gateway: Gateway) -> list[Route]:
         Route("/v1/models/{name:path}", model, methods=["GET"]),
         Route("/v1/chat/completions", Answers(gateway, decode_chat), methods=["POST"]),
         Route("/v1/completions", Answers(gateway, decode_completion), methods=["POST"]),
+        Route("/v1/embeddings", Embeddings(gateway), methods=["POST"]),
     ]
 
 

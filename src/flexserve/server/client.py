@@ -54,6 +54,19 @@ class _Choice(msgspec.Struct):
     finish_reason: FinishReason | None = None
 
 
+class _Embedding(msgspec.Struct):
+    embedding: bytes  # base64 in JSON
+
+
+class _EmbeddingDetails(msgspec.Struct):
+    timings: list[Timings]
+
+
+class _Embeddings(msgspec.Struct):
+    data: list[_Embedding]
+    flexserve: _EmbeddingDetails
+
+
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []  # msgspec copies an empty default
     flexserve: _Details | None = None
@@ -144,8 +157,24 @@ class ServerGeneration:
         if self._cancelled:
             yield Finished(self._text, (), FinishReason.CANCELLED, Timings())
 
+    def _embedding(self, request: Request) -> Iterator[Event]:
+        given = request.prompt if request.prompt is not None else list(request.token_ids or ())
+        body = {"model": request.model, "input": given, "encoding_format": "base64"}
+        self._connection.request("POST", "/v1/embeddings", msgspec.json.encode(body))
+        self._connection.sock.settimeout(None)
+        response = self._connection.getresponse()
+        answer = response.read()
+        if self._cancelled:
+            return
+        _check(response.status, answer)
+        made = msgspec.json.decode(answer, type=_Embeddings)
+        yield Finished("", (), FinishReason.STOP, made.flexserve.timings[0], made.data[0].embedding)
+
     def _answer(self, request: Request) -> Iterator[Event]:
         """Ends early when cancelled."""
+        if request.embed:
+            yield from self._embedding(request)
+            return
         endpoint, body = _body(request)
         headers = {"content-type": "application/json"}
         self._connection.request("POST", endpoint, msgspec.json.encode(body), headers)

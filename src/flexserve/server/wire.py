@@ -129,18 +129,19 @@ def decode_completion(body: bytes) -> Wanted:
 
 
 def _decode(body: bytes, cls: type[B]) -> B:
-    fields = _parse(body, dict[str, msgspec.Raw])
+    fields = parse(body, dict[str, msgspec.Raw])
     for name in _REFUSED.keys() & fields.keys():
-        value = _parse(fields[name], Any)
+        value = parse(fields[name], Any)
         if value is not None and value not in _REFUSED[name]:
             raise InvalidRequest(
                 f"{name} is not supported", hint=_REFUSED_HINTS.get(name, f"leave {name} out")
             )
-    decoded: B = _parse(body, cls)
+    decoded: B = parse(body, cls)
     return decoded
 
 
-def _parse(data: bytes | msgspec.Raw, cls: Any) -> Any:
+def parse(data: bytes | msgspec.Raw, cls: Any) -> Any:
+    """JSON of exactly that type. Raises `InvalidRequest`, which names types and paths, never content."""
     try:
         return msgspec.json.decode(data, type=cls)
     except msgspec.ValidationError as error:
