@@ -268,7 +268,7 @@ class Context:
         return np.ctypeslib.as_array(pointer, shape=(self._model.vocab.size,))
 
     def embedding(self) -> Any:
-        """The pooled vector of all tokens, float32, as llama.cpp computed it; valid until the next decode.
+        """The pooled vector of all tokens, float32, as llama.cpp computed it.
 
         Raises `EngineFailure`.
         """
@@ -277,7 +277,9 @@ class Context:
         pointer = api.llama_get_embeddings_seq(self.handle, 0)
         if not pointer:
             raise EngineFailure("llama.cpp made no embedding")
-        return np.ctypeslib.as_array(pointer, shape=(int(api.llama_model_n_embd_out(self._model.handle)),))
+        # Not np.ctypeslib: it is imported when first used, and a confined process can import nothing any more.
+        length = int(api.llama_model_n_embd_out(self._model.handle))
+        return np.frombuffer(ctypes.string_at(pointer, 4 * length), np.float32)
 
     def close(self) -> None:
         if self.handle:
