@@ -118,10 +118,13 @@ PRES = (
 )
 
 
+TEMPLATE = "{{ messages[0].content }}"
+
+
 def whole_model(arch: str) -> File:
     """The tiny model with what its architecture needs besides."""
     if arch not in DENSE:
-        return case_of(arch).make(NARROW)
+        return case_of(arch).make(NARROW).with_key("tokenizer.chat_template", STRING, TEMPLATE)
     file = tiny_model(arch, layers=2, tied=arch in ("gemma", "gemma2"))
     for layer in range(2):
         block = f"blk.{layer}."

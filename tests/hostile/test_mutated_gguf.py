@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -267,22 +268,27 @@ class Attacked:
 
     def _use(self) -> Iterator[str]:
         try:
-            self._world.register(ModelSource("mutant", self._flex, self._licence))
+            info = self._world.register(ModelSource("mutant", self._flex, self._licence))
         except FlexServeError as error:
             assert error.message
             yield error.code
             return
-        for fields in (
+        asked: list[dict[str, Any]] = [
             {"prompt": "Hé \n llo"},
             {"messages": (Message("user", "Hel \n lo"),)},
             {"token_ids": (0, 299, 7)},
-        ):
+        ]
+        if info.makes_embeddings:
+            asked[1] = {"prompt": "x", "embed": True}
+            asked = [{**fields, "embed": True} for fields in asked]
+        for fields in asked:
             request = Request(
                 id="mutant", model="mutant", max_tokens=3, sampling=Sampling(temperature=0), **fields
             )
             try:
                 *_, last = self._world.generate(request)
                 assert isinstance(last, Finished)
+                assert bool(last.embedding) == info.makes_embeddings
                 yield "answered"
             except FlexServeError as error:
                 assert error.message
