@@ -39,4 +39,5 @@ s64 call_secure(struct monitor *m, u32 cpu, u32 id, u64 arg, u64 *value);
 bool session_hurry(struct monitor *m, u32 cpu, u64 address);
 /* Let nobody into the trusted OS any more. False: somebody is there now. */
 bool session_close(void);
+void session_open(void);
 #endif

@@ -77,3 +77,5 @@ bool session_hurry(struct monitor *m, u32 cpu, u64 address) {
 bool session_close(void) {
     return move_session(SESSION_IDLE, SESSION_CLOSED) || move_session(SESSION_FINISHED, SESSION_CLOSED);
 }
+
+void session_open(void) { leave(SESSION_IDLE); }

@@ -23,6 +23,7 @@
 #define D_OFF (1u << 15)     /* protection goes off only without Flex-Mem */
 #define D_RESET (1u << 16)   /* Flex-Mem is zeroed before a reset */
 #define D_ENTRY (1u << 17)   /* CPU_ON enters UNPROTECTED memory at EL1 only */
+#define D_VECTORS (1u << 18) /* a switch of worlds changes the vector registers, too */
 
 #ifdef CONTROLS
 extern u64 defences_off;

@@ -47,8 +47,8 @@ class HostMonitor:
         """x0 (signed) to x3."""
         full = (ctypes.c_uint64 * 4)(*args)
         self._c.host_call(cpu, ctypes.c_uint32(call), full, self._result)
-        x0, *rest = self._result
-        return x0 - (1 << 64) if x0 >> 63 else x0, *rest
+        x0, x1, x2, x3 = self._result
+        return x0 - (1 << 64) if x0 >> 63 else x0, x1, x2, x3
 
     def interrupt_in(self, calls: int) -> None:
         """Let an interrupt come before the trusted OS's so manieth call; 0: never."""

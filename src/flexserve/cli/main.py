@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("verify", "check every byte of a sealed model"),
     "optimize": ("optimize", "make this device's own, faster copy of a sealed model"),
     "bench": ("bench", "measure"),
+    "tz": ("tz", "the trustzone world: our firmware on an emulated Arm machine"),
     "doctor": ("doctor", "say what this machine can protect, and against whom"),
 }
 

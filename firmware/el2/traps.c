@@ -1,0 +1,142 @@
+/* Exceptions of the normal world: calls, faults of stage 2, SMCs it may or may not make.
+ *
+ * EL2 runs with interrupts masked and touches nothing but the monitor; whatever it does not know, EL1 gets back as the
+ * fault it would see without EL2. */
+#include "../el3/psci.h"
+#include "arm.h"
+#include "calls.h"
+#include "defences.h"
+#include "el2.h"
+#include "frame.h"
+#include "machine.h"
+#include "stage2.h"
+
+#define ESR_LENGTH (1ul << 25)
+#define FAULT_ALIGNMENT 0x21 /* Linux turns it into SIGBUS or EFAULT in most places; docs/firmware.md */
+#define FAULT_EXTERNAL 0x10
+
+/* EL1 takes an exception as if the machine had raised it. */
+static void inject(struct frame *f, u64 esr, u64 far) {
+    u64 level = SPSR_LEVEL(f->spsr);
+    u64 offset = level == 1 ? (f->spsr & 1 ? 0x200 : 0) : f->spsr & 0x10 ? 0x600 : 0x400;
+    write_reg(esr_el1, esr);
+    write_reg(far_el1, far);
+    write_reg(elr_el1, f->elr);
+    write_reg(spsr_el1, f->spsr);
+    f->elr = read_reg(vbar_el1) + offset;
+    f->spsr = MODE_EL1H;
+}
+
+static void inject_undefined(struct frame *f) { inject(f, ESR_LENGTH, 0); }
+
+static void inject_abort(struct frame *f, u64 esr) {
+    bool from_el1 = SPSR_LEVEL(f->spsr) == 1, data = EC(esr) == EC_DATA_ABORT;
+    u64 class = (data ? EC_DATA_ABORT : EC_INSTRUCTION_ABORT) + from_el1;
+    u64 write = data ? esr & (1 << 6) : 0;
+    inject(f, class << 26 | ESR_LENGTH | write | (data ? FAULT_ALIGNMENT : FAULT_EXTERNAL), read_reg(far_el2));
+}
+
+static void stage2_fault(struct frame *f, u32 cpu, u64 esr) {
+    u64 address = (read_reg(hpfar_el2) >> 4 & 0xfffffffffful) << ABI_PAGE_SHIFT;
+    switch (page_state(&monitor, address)) {
+    case PAGE_UNPROTECTED: /* its block is being split or merged, or it came back just now */
+        return;
+    case PAGE_CLAIMED:
+#ifdef CONTROLS
+        if (!DEFENCE(D_CLAIMED)) {
+            stage2_map_page(&monitor, (address - DRAM_BASE) / PAGE_SIZE);
+            return machine_flush();
+        }
+#endif
+        session_hurry(&monitor, cpu, address);
+        return;
+    default:
+        inject_abort(f, esr);
+    }
+}
+
+static void forward(struct frame *f) {
+    u64 r[5] = {f->x[0], f->x[1], f->x[2], f->x[3], 0};
+    f->x[0] = (u64)smc(r);
+}
+
+static void protect_off(struct frame *f) {
+    if ((monitor.flex || monitor.claimed) && DEFENCE(D_OFF)) {
+        f->x[0] = (u64)ABI_STATE;
+    } else if (!session_close()) {
+        f->x[0] = (u64)ABI_BUSY;
+    } else { /* returns only when it could not be */
+        f->x[0] = (u64)smc((u64[5]){INT_EL2_FREEZE, (u64)f});
+        session_open();
+    }
+}
+
+/* Flex-Mem survives a reset in DRAM: nobody can be in the trusted OS any more, and its pages are zeroed. */
+static void power(struct frame *f) {
+    if (!session_close()) {
+        f->elr -= 4;
+        return;
+    }
+    for (u64 page = 0; page < DRAM_PAGES && DEFENCE(D_RESET); page++)
+        if (page_state(&monitor, DRAM_BASE + page * PAGE_SIZE) != PAGE_UNPROTECTED)
+            machine_zero_page(DRAM_BASE + page * PAGE_SIZE);
+    forward(f);
+}
+
+static void smc_of_el1(struct frame *f) {
+    f->elr += 4;
+    switch (f->x[0]) {
+    case CALL_PROTECT_OFF:
+        return protect_off(f);
+    case CALL_PROTECT_ON:
+        f->x[0] = ABI_OK; /* it is */
+        return;
+    case CALL_PROTECT_STATUS:
+        f->x[0] = ABI_OK;
+        f->x[1] = 1;
+        return;
+    case PSCI_SYSTEM_OFF:
+    case PSCI_SYSTEM_RESET:
+        return power(f);
+    case PSCI_CPU_ON:
+        if (DEFENCE(D_ENTRY) && !range_unprotected(&monitor, f->x[2], 4)) {
+            f->x[0] = (u64)PSCI_INVALID_ADDRESS;
+            return;
+        }
+        return forward(f);
+    case SMCCC_VERSION:
+    case PSCI_VERSION:
+    case PSCI_CPU_OFF:
+    case PSCI_AFFINITY_INFO:
+    case PSCI_FEATURES:
+        return forward(f);
+    default:
+        f->x[0] = (u64)ABI_NOT_SUPPORTED;
+    }
+}
+
+static void hvc_of_el1(struct frame *f, u32 cpu) {
+    struct call call = {.cpu = cpu, .arg = {f->x[1], f->x[2], f->x[3], f->x[4]}};
+    call_normal(&monitor, f->x[0] >> 32 ? 0 : (u32)f->x[0], &call);
+    for (u64 i = 0; i < RESULTS; i++)
+        f->x[i] = call.result[i];
+}
+
+void el2_exception(struct frame *f, u64 vector) {
+    u64 esr = read_reg(esr_el2);
+    u32 cpu = (u32)read_reg(tpidr_el2);
+    if (vector != 8 && vector != 12)
+        for (;;)
+            wfi(); /* a fault of our own: this CPU stops, protection stays */
+    switch (EC(esr)) {
+    case EC_HVC:
+        return hvc_of_el1(f, cpu);
+    case EC_SMC:
+        return smc_of_el1(f);
+    case EC_DATA_ABORT:
+    case EC_INSTRUCTION_ABORT:
+        return stage2_fault(f, cpu, esr);
+    default:
+        inject_undefined(f);
+    }
+}

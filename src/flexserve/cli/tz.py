@@ -1,0 +1,68 @@
+"""`flexserve tz`: the trustzone world. So far: attack it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from .common import print_json
+
+NOT_BLOCKED = 1
+
+
+@click.group("tz")
+def command() -> None:
+    """The trustzone world: our firmware on an emulated Arm machine (docs/firmware.md)."""
+
+
+@command.command("attack")
+@click.option("--only", metavar="ID", multiple=True, help="Run this attack only (may be repeated).")
+@click.option("--list", "listing", is_flag=True, help="Name the attacks and run none.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/schemas/tz-attack.json).")
+def attack(*, only: tuple[str, ...], listing: bool, as_json: bool) -> None:
+    """Attack the firmware as a compromised kernel would, and show that every attack can succeed without its defence.
+
+    Exit code 0: every attack is blocked and every control succeeded. 1: one did not. Builds the firmware when
+    its sources changed; needs qemu-system-aarch64 and gcc-aarch64-linux-gnu.
+    """
+    from ..worlds.trustzone import attacks
+
+    chosen = attacks.attacks(only)
+    if listing:
+        for one in chosen:
+            click.echo(f"{one.id:<20} {one.mechanism}: {one.tried}")
+        return
+    rows = attacks.run(chosen, None if as_json else lambda row: click.echo(_line(row)))
+    report = attacks.summary(rows)
+    if as_json:
+        print_json(report)
+    else:
+        click.echo(verdict(report))
+    if not all(row.blocked and row.control_succeeded for row in rows):
+        sys.exit(NOT_BLOCKED)
+
+
+def _line(row: Any) -> str:
+    """One row of the table."""
+    return line(row.as_dict())
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of docs/schemas/tz-attack.json as a line of text."""
+    good = row["blocked"] and row["control_succeeded"]
+    state = "blocked" if good else "NOT BLOCKED" if not row["blocked"] else "NO CONTROL"
+    return (
+        f"{state:<11} {row['id']:<20} {row['tried']}\n"
+        f"{'':<32} expected {row['expected']}; seen {row['with_defence']}\n"
+        f"{'':<32} control ({row['control'].replace('_', ' ')}): {row['without_defence']}"
+    )
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """The last line of the table."""
+    return (
+        f"\n{report['blocked']} of {report['attacks']} attacks blocked, {report['controls_succeeded']} controls "
+        f"succeeded, {report['mechanisms']} classes of mechanism; QEMU {report['qemu']}"
+    )
