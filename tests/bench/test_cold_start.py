@@ -11,7 +11,13 @@ import jsonschema
 import pytest
 
 from flexserve.bench import cold_start, memory
-from flexserve.bench.cold_start import ALL_SIDES, LAYOUT_SIDES, REPACK_SIDES, ColdStartOptions
+from flexserve.bench.cold_start import (
+    ALL_SIDES,
+    LAYOUT_SIDES,
+    REPACK_SIDES,
+    UNHARDENED_SIDES,
+    ColdStartOptions,
+)
 from flexserve.bench.memory import Condition, FreeMemory, MemoryState
 from flexserve.bench.sides import Sample, SealedSide
 from flexserve.errors import EngineFailure, Usage
@@ -70,7 +76,7 @@ def test_a_run_measures_every_side_in_every_state_and_keeps_its_schema(
     jsonschema.validate(result, json.loads(SCHEMA.read_text()))
     assert set(result["skipped"]) <= {*REPACK_SIDES, *LAYOUT_SIDES, "plain_cold_mlock"}
     for state in result["states"].values():
-        assert set(state["sides"]) == set(ALL_SIDES) - set(result["skipped"])
+        assert set(state["sides"]) == {*ALL_SIDES} - {*UNHARDENED_SIDES} - set(result["skipped"])
         first, second = (r["order"] for r in state["rounds"])
         assert first == second[::-1]
         assert all(str(r["seed"]) in "\n".join(said) for r in state["rounds"])
@@ -121,6 +127,17 @@ def test_a_quantisation_that_llama_cpp_repacks_is_measured_repacked_too(
     made = copy.stat().st_mtime_ns
     cold_start.run(options, lambda _text: None)
     assert copy.stat().st_mtime_ns == made  # it still fits: nothing is made twice
+
+
+def test_the_cost_of_hardening_is_measured_against_the_same_world_without_it(
+    tmp_path: Path, steps: list[str]
+) -> None:
+    wanted = ("sealed_cold", "sealed_resident", *UNHARDENED_SIDES)
+    options = _options(tmp_path, rounds=1, states=(MemoryState.BACKED,), sides=wanted)
+    result = cold_start.run(options, lambda _text: None)
+    jsonschema.validate(result, json.loads(SCHEMA.read_text()))
+    assert result["ratios"]["hardening_cold"]["denominator"]["side"] == "unhardened_cold"
+    assert result["ratios"]["hardening_decode"]["ratio"] > 0
 
 
 def test_a_side_nobody_knows_is_refused_by_name() -> None:

@@ -91,7 +91,7 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     assert seen[-1][0] == seen[-1][1]
 
 
-@pytest.mark.parametrize("name", ["F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["F16", "Q8_0", "Q4_0", "IQ4_NL", "Q4_K", "Q6_K"])
 def test_random_blocks_are_weights_of_mean_0_and_a_sane_spread(name: str) -> None:
     kind = next(k for k in TENSOR_TYPES.values() if k.name == name)
     blocks = random_blocks(name, 400_000 // kind.block, np.random.default_rng(3))

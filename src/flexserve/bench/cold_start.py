@@ -39,7 +39,12 @@ LAYOUT_SIDES = (
     "sealed_cold_layout",
     "sealed_resident_layout",
 )  # from the device's own copy; where it repacks
-ALL_SIDES = (*PLAIN_SIDES, *REPACK_SIDES, *SEALED_SIDES, *LONG_SIDES, *LAYOUT_SIDES)
+USUAL_SIDES = (*PLAIN_SIDES, *REPACK_SIDES, *SEALED_SIDES, *LONG_SIDES, *LAYOUT_SIDES)
+UNHARDENED_SIDES = (
+    "unhardened_cold",
+    "unhardened_resident",
+)  # the control of what hardening costs; if asked for
+ALL_SIDES = (*USUAL_SIDES, *UNHARDENED_SIDES)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class ColdStartOptions:
     output_tokens: int = 33
     rounds: int = 3
     states: tuple[MemoryState, ...] = tuple(MemoryState)
-    sides: tuple[str, ...] = ALL_SIDES
+    sides: tuple[str, ...] = USUAL_SIDES
     directory: Path = Path("bench")
     threads: int = 0  # 0: all cores
 
@@ -89,11 +94,12 @@ class _Bench:
     pipelined: SealedWorld | None = None
     sequential: SealedWorld | None = None
     layout: SealedWorld | None = None
+    unhardened: SealedWorld | None = None
 
     def close(self) -> None:
         for side in self.sides:
             side.done()
-        for world in (self.pipelined, self.sequential, self.layout):
+        for world in (self.pipelined, self.sequential, self.layout, self.unhardened):
             if world is not None:
                 world.close()
 
@@ -213,7 +219,7 @@ def _make_sides(
     plain("plain_warm", "mmap", cold=False)
     plain("plain_warm_repack", "mmap", cold=False, repack=True)
 
-    sealed = list(SEALED_SIDES)
+    sealed = [*SEALED_SIDES, *UNHARDENED_SIDES]
     if options.long_prompt_tokens is not None:
         sealed += LONG_SIDES
     if repacked_bytes:
@@ -229,6 +235,11 @@ def _make_sides(
                 say("starting the secure world in execution layout")
                 bench.layout = SealedWorld(model, settings, warm_up=warm_up, layout=True)
             world = bench.layout
+        elif name in UNHARDENED_SIDES:
+            if bench.unhardened is None:
+                say("starting the secure world without hardening")
+                bench.unhardened = SealedWorld(model, settings, warm_up=warm_up, hardened=False)
+            world = bench.unhardened
         elif name == "sealed_sequential":
             say("starting the secure world that loads before it computes")
             world = bench.sequential = SealedWorld(model, settings, warm_up=warm_up, on_demand=False)

@@ -19,8 +19,9 @@ from ..sealed.ggml_types import FILE_TYPES, TENSOR_TYPES, TensorType
 from .random_blocks import random_blocks
 from .shapes import ModelShape
 
-QUANTIZATIONS = ("F16", "Q8_0", "Q4_0", "Q4_K_M")
+QUANTIZATIONS = ("F16", "Q8_0", "Q4_0", "Q4_K_M", "IQ4_NL")
 ALIGNMENT = 32
+_FOUR_BITS = ("Q4_0", "Q4_K", "IQ4_NL")
 _CHUNK_BYTES = 8 << 20
 _TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
 
@@ -127,7 +128,7 @@ def _tensors(shape: ModelShape, quant: str) -> list[_Tensor]:
     width, hidden, head = shape.embedding_length, shape.feed_forward_length, shape.key_length
     base = _TYPES["Q4_K" if quant == "Q4_K_M" else quant]
     # llama-quantize keeps the output matrix finer than 4 bits; a tied embedding is the output matrix
-    output = _TYPES["Q6_K"] if base.name.startswith("Q4") else base
+    output = _TYPES["Q6_K"] if base.name in _FOUR_BITS else base
     f32 = _TYPES["F32"]
     tensors = [_Tensor("token_embd.weight", (width, shape.vocabulary), output if shape.tied_output else base)]
     for layer in range(shape.layers):

@@ -1,8 +1,4 @@
-"""Bringing the machine into a known state before a measurement, and saying what machine it is.
-
-Two things decide every cold number: whether the file is in the page cache, and whether free memory is backed
-by the host (a virtual machine's first touch of memory costs more after the host has taken it back).
-"""
+"""The page cache before a measurement, and what machine it is. Free memory's state is memory.py's."""
 
 from __future__ import annotations
 
@@ -10,49 +6,10 @@ import mmap
 import os
 import platform
 import resource
-import subprocess
-import sys
-import time
-from enum import StrEnum
 from pathlib import Path
 
 from ..errors import EngineFailure
 from ..flexmem.uffd import libc
-
-IDLE_S = 20.0  # free page reporting hands memory back to the host within seconds
-SPARE_BYTES = 1 << 30  # left alone when all free memory is touched
-
-_TOUCH = """
-import mmap, sys
-size = int(sys.argv[1])
-m = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-for at in range(0, size, 4096):
-    m[at] = 1
-"""
-
-
-class MemoryState(StrEnum):
-    """State of the machine's free memory before a cold start."""
-
-    BACKED = "backed"  # touched and freed just now
-    IDLE = "idle"  # left alone for IDLE_S
-
-
-def available_bytes() -> int:
-    """MemAvailable of /proc/meminfo."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise EngineFailure("/proc/meminfo does not say how much memory is available")
-
-
-def prepare(state: MemoryState) -> None:
-    """Bring free memory into `state`."""
-    if state == MemoryState.IDLE:
-        time.sleep(IDLE_S)
-        return
-    size = max(0, available_bytes() - SPARE_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
-    subprocess.run([sys.executable, "-I", "-c", _TOUCH, str(size)], check=True)
 
 
 def evict(path: Path) -> None:

@@ -152,6 +152,12 @@ class _State:
             for stage in ("decode", "prefill"):
                 both = (self._speed(side, f"{stage}_tokens_per_s") for side in (resident, default))
                 found[f"{prefix}{stage}_vs_plain"] = (next(both), next(both))
+        found["hardening_cold"] = (self._ttft("sealed_cold"), self._ttft("unhardened_cold"))
+        decode = "decode_tokens_per_s"
+        found["hardening_decode"] = (
+            self._speed("sealed_resident", decode),
+            self._speed("unhardened_resident", decode),
+        )
         long = "sealed_cold_long"
         found["pipelined_vs_sequential"] = (self._ttft("sealed_cold"), self._ttft("sealed_sequential"))
         found["long_cold_vs_resident"] = (self._ttft(long), self._ttft(_resident(long)))

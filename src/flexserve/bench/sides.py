@@ -170,6 +170,7 @@ class SealedWorld:
         warm_up: list[int],
         on_demand: bool = True,
         layout: bool = False,
+        hardened: bool = True,
     ) -> None:
         """`warm_up`: a prompt, answered twice to learn which threads compute. `layout`: from the device's own copy
         in execution layout, which is made when there is none that fits."""
@@ -182,6 +183,7 @@ class SealedWorld:
             threads=settings.threads,
             context_tokens=settings.context_tokens,
             on_demand=on_demand,
+            hardened=hardened,
         )
         try:
             self.world.start()

@@ -39,7 +39,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str | No
 
 @command.command("cold-start")
 @click.option("--shape", default="llama-3.2-1b", show_default=True, help="The model shape (random weights).")
-@click.option("--quant", default="Q8_0", show_default=True, help="F16, Q8_0, Q4_0 or Q4_K_M.")
+@click.option("--quant", default="Q8_0", show_default=True, help="F16, Q8_0, Q4_0, Q4_K_M or IQ4_NL.")
 @click.option(
     "--prompt-tokens", type=click.IntRange(1, 65536), default=128, show_default=True, help="Prompt length."
 )
@@ -53,7 +53,9 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str | No
     show_default=True,
     help="The states of free memory before each start.",
 )
-@click.option("--sides", callback=_names, metavar="A,B", help="Measure only these. [default: all]")
+@click.option(
+    "--sides", callback=_names, metavar="A,B", help="Measure only these. [default: all but unhardened_*]"
+)
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -80,7 +82,7 @@ def cold_start(
     Takes about two minutes a round at the default shape, and free memory of twice the model and 1 GB: every start
     of every side is prepared alike (docs/benchmarks.md).
     """
-    from ..bench.cold_start import ALL_SIDES, ColdStartOptions, draw_one, run
+    from ..bench.cold_start import USUAL_SIDES, ColdStartOptions, draw_one, run
     from ..bench.memory import MemoryState
 
     unknown = [state for state in states if state not in tuple(MemoryState)]
@@ -92,7 +94,7 @@ def cold_start(
         prompt_tokens=prompt_tokens,
         rounds=rounds,
         states=tuple(MemoryState(s) for s in dict.fromkeys(states)),
-        sides=sides or ALL_SIDES,
+        sides=sides or USUAL_SIDES,
         directory=directory or default_directory(),
         threads=threads or 0,
     )
