@@ -99,16 +99,17 @@ class Weights:
 
     def backward(self, end: int, nbytes: int) -> int:
         """The nearest position such that everything from it up to `end` is at least `nbytes`; 0 if too few."""
-        low, high = 0, end
-        if self.nbytes(0, end) < nbytes:
-            return 0
-        while low < high:  # the largest start that still has enough
-            middle = (low + high + 1) // 2
-            if self.nbytes(middle, end) >= nbytes:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        at = self.count
+        for part in reversed(self.parts):
+            at -= part.count
+            high = min(end - at, part.count)
+            if high <= 0:
+                continue
+            short = part.count * part.unit_bytes - part.nbytes if high == part.count else 0
+            if high * part.unit_bytes - short >= nbytes:
+                return at + min(high, high - -(-(nbytes + short) // part.unit_bytes)) if nbytes > 0 else end
+            nbytes -= high * part.unit_bytes - short
+        return 0
 
     def position(self, index: int) -> int:
         """The position of a segment. Raises `IndexError`."""
@@ -222,9 +223,12 @@ class Weights:
                 rfind(SegmentState.CLAIMED, start, last),
                 start - 1,
             )
-            first = max(first, self.backward(last + 1, nbytes))
+            size = self.nbytes(first, last + 1)
+            if size > nbytes:
+                first = self.backward(last + 1, nbytes)
+                size = nbytes
             found.append((first, last + 1))
-            nbytes -= self.nbytes(first, last + 1)
+            nbytes -= size
             at = first
         return found
 
