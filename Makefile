@@ -47,3 +47,17 @@ train: setup
 
 clean:
 	rm -rf $(VENV) run build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The trustzone world's firmware, and the attacks on it. As root on Debian this installs what is missing.
+.PHONY: firmware tz tz-tools
+tz-tools:
+	@if command -v qemu-system-aarch64 >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-system-arm gcc-aarch64-linux-gnu; \
+	else echo "error: qemu-system-aarch64 or aarch64-linux-gnu-gcc is missing; hint: apt-get install qemu-system-arm gcc-aarch64-linux-gnu"; exit 1; fi
+
+firmware: tz-tools
+	@$(MAKE) --no-print-directory -C firmware OUT=$(CURDIR)/build/firmware/release
+
+tz: setup firmware
+	@$(BIN)/flexserve tz attack

@@ -73,9 +73,9 @@ def document(abi: dict[str, Any]) -> str:
         f"<!-- {NOTE} -->",
         "# The Flex-Monitor's interface",
         "",
-        f"Version {abi['version']}. The SMC calling convention: the id in x0, arguments from x1, the status in x0, results "
-        "from x1. A status is 0, a negative error, or a positive one: not finished yet. How the calls travel: "
-        "[firmware.md](firmware.md).",
+        f"Version {abi['version']}. The SMC calling convention: the id in x0, arguments from x1, the status in x0, "
+        "results from x1. A status is 0, a negative error, or a positive one: not finished yet. How the calls "
+        "travel: [firmware.md](firmware.md).",
         "",
         "## Constants",
         "",

@@ -37,7 +37,8 @@ s64 call_secure(struct monitor *m, u32 cpu, u32 id, u64 arg, u64 *value);
 
 /* The normal world touched a CLAIMED page: have it scrubbed soon. False: somebody else is at it, let it touch again. */
 bool session_hurry(struct monitor *m, u32 cpu, u64 address);
-/* Let nobody into the trusted OS any more. False: somebody is there now. */
-bool session_close(void);
+/* Let nobody into the trusted OS until session_open. False: somebody is there now, or has not finished, which only
+ * matters when it is not for good. */
+bool session_close(bool for_good);
 void session_open(void);
 #endif

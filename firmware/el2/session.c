@@ -74,8 +74,10 @@ bool session_hurry(struct monitor *m, u32 cpu, u64 address) {
     return false;
 }
 
-bool session_close(void) {
-    return move_session(SESSION_IDLE, SESSION_CLOSED) || move_session(SESSION_FINISHED, SESSION_CLOSED);
+bool session_close(bool for_good) {
+    if (move_session(SESSION_IDLE, SESSION_CLOSED))
+        return true;
+    return for_good && (move_session(SESSION_FINISHED, SESSION_CLOSED) || move_session(SESSION_PREEMPTED, SESSION_CLOSED));
 }
 
 void session_open(void) { leave(SESSION_IDLE); }

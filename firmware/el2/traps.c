@@ -61,19 +61,20 @@ static void forward(struct frame *f) {
 }
 
 static void protect_off(struct frame *f) {
-    if ((monitor.flex || monitor.claimed) && DEFENCE(D_OFF)) {
-        f->x[0] = (u64)ABI_STATE;
-    } else if (!session_close()) {
+    if (!session_close(false)) { /* first, so that no donation comes between the check and the end */
         f->x[0] = (u64)ABI_BUSY;
-    } else { /* returns only when it could not be */
-        f->x[0] = (u64)smc((u64[5]){INT_EL2_FREEZE, (u64)f});
-        session_open();
+        return;
     }
+    if ((monitor.flex || monitor.claimed) && DEFENCE(D_OFF))
+        f->x[0] = (u64)ABI_STATE;
+    else /* returns only when it could not be */
+        f->x[0] = (u64)smc((u64[5]){INT_EL2_FREEZE, (u64)f});
+    session_open();
 }
 
 /* Flex-Mem survives a reset in DRAM: nobody can be in the trusted OS any more, and its pages are zeroed. */
 static void power(struct frame *f) {
-    if (!session_close()) {
+    if (!session_close(true)) {
         f->elr -= 4;
         return;
     }

@@ -20,14 +20,14 @@ u64 defences_off;
 
 /* Every image: where in flash, where to, and what its SHA-256 must be (made by the build). */
 static const struct image {
-    const char *name;
+    const char *refusal;
     const u8 *from;
     u64 to, bytes;
     u8 digest[32];
 } images[] = {
-    {"el2", payload_el2, EL2_BASE, EL2_BYTES, EL2_DIGEST},
-    {"sel1", payload_sel1, SEL1_BASE, SEL1_BYTES, SEL1_DIGEST},
-    {"normal", payload_normal, NORMAL_BASE, NORMAL_BYTES, NORMAL_DIGEST},
+    {"image el2 is not the one this firmware was built with", payload_el2, EL2_BASE, EL2_BYTES, EL2_DIGEST},
+    {"image sel1 is not the one this firmware was built with", payload_sel1, SEL1_BASE, SEL1_BYTES, SEL1_DIGEST},
+    {"image normal is not the one this firmware was built with", payload_normal, NORMAL_BASE, NORMAL_BYTES, NORMAL_DIGEST},
 };
 
 _Noreturn void panic(const char *why, u64 value) {
@@ -82,10 +82,8 @@ void enter_el2(struct frame *f, u32 cpu, bool build) {
 static void load_images(void) {
     for (u64 i = 0; i < COUNT(images); i++) {
         memcpy((void *)images[i].to, images[i].from, images[i].bytes);
-        if (!intact(&images[i])) {
-            uart_text(SECURE_UART, images[i].name);
-            panic(": image is not the one this firmware was built with", i);
-        }
+        if (!intact(&images[i]))
+            panic(images[i].refusal, images[i].to);
     }
     uart_text(SECURE_UART, "el3: images verified\n");
     dsb();
@@ -98,7 +96,7 @@ _Noreturn void el3_main(u32 cpu) {
         mmu_build();
     mmu_on();
     write_reg(cptr_el3, 0);
-    write_reg(mdcr_el3, 0);
+    write_reg(mdcr_el3, 1ul << 16); /* no debug exceptions, and no counting, in the secure world */
     write_reg(cnthctl_el2, 3);
     if (cpu == 0) {
 #ifdef CONTROLS

@@ -22,7 +22,7 @@ _Noreturn void cpu_park(u32 cpu) {
     write_reg(scr_el3, normal_scr());
     write_reg(hcr_el2, HCR_UNPROTECTED);
     write_reg(sctlr_el1, SCTLR_EL1_RES1);
-    if (protection == PROTECTION_ON)
+    if (protection == PROTECTION_ON && DEFENCE(D_ENTRY))
         enter_el2(&f, cpu, false);
     __atomic_fetch_or(&online, 1u << cpu, __ATOMIC_ACQ_REL);
     rendezvous_unlock(); /* whoever turned us on took it */
@@ -37,10 +37,8 @@ static s64 cpu_on(struct frame *f) {
         return PSCI_ALREADY_ON;
     enter_el1(&resume_frame[target], f->x[2], f->x[3]);
 #ifdef CONTROLS
-    if (!DEFENCE(D_ENTRY)) { /* as a firmware that starts CPUs on the caller's highest level would */
+    if (!DEFENCE(D_ENTRY)) /* as a firmware that starts CPUs on the highest normal level would */
         resume_frame[target].spsr = MODE_EL2H;
-        protection = PROTECTION_OFF;
-    }
 #endif
     __atomic_fetch_or(&wanted_on, 1u << target, __ATOMIC_ACQ_REL);
     gic_interrupt((u32)target);

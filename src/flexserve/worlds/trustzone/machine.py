@@ -1,8 +1,8 @@
 """One emulated Arm machine: starts QEMU on a flash image, talks to its serial lines, ends it.
 
-The first serial line is the normal world's, on stdio; the second is reachable from the secure world only and goes to a file.
-The machine has no device that could copy memory but the two that QEMU always has (fw_cfg, and virtio-mmio without a
-device behind it), which stage 2 hides from the normal world.
+The first serial line is the normal world's, on stdio. The second is reachable from the secure world only and goes to
+a file. The machine has no device that could copy memory but the two that QEMU always has (fw_cfg, and virtio-mmio
+without a device behind it), which stage 2 hides from the normal world.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Machine:
         try:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
-            raise Hung(f"the machine was silent for {timeout_s:.0f} s; secure side: {self.secure()}") from None
+            raise Hung(
+                f"the machine was silent for {timeout_s:.0f} s; secure side: {self.secure()}"
+            ) from None
         if line is None:
             raise Hung(f"the machine has ended; secure side: {self.secure()}")
         return line
