@@ -49,7 +49,7 @@ clean:
 	rm -rf $(VENV) run build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # The trustzone world's firmware, and the attacks on it. As root on Debian this installs what is missing.
-.PHONY: firmware tz tz-tools
+.PHONY: firmware tz tz-tools tz-linux
 tz-tools:
 	@if command -v qemu-system-aarch64 >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -59,5 +59,9 @@ tz-tools:
 firmware: tz-tools
 	@$(MAKE) --no-print-directory -C firmware OUT=$(CURDIR)/build/firmware/release
 
-tz: setup firmware
+# Debian's arm64 kernel and busybox, into .cache/debian-arm64.
+tz-linux: setup firmware
+	@$(BIN)/flexserve tz boot --fetch
+
+tz: tz-linux
 	@$(BIN)/flexserve tz attack

@@ -45,6 +45,10 @@
 #define MAILBOX_BASE (EL2_BASE + 0x00800000ul)
 #define MAILBOX_SIZE (ABI_MAX_BATCH * 8ul)
 #define NORMAL_BASE 0x40080000ul
+/* Where QEMU's loader puts Linux, its device tree and its first files; worlds/trustzone/linux.py knows them, too. */
+#define LINUX_KERNEL 0x40200000ul
+#define LINUX_TREE 0x47000000ul
+#define LINUX_FILES 0x48000000ul
 
 #define MAX_CPUS 2
 #endif

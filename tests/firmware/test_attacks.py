@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from flexserve.errors import EngineFailure
-from flexserve.worlds.trustzone import attacks, firmware
+from flexserve.errors import EngineFailure, NotFound
+from flexserve.worlds.trustzone import attacks, firmware, linux
 from flexserve.worlds.trustzone.attacks import Row
-from flexserve.worlds.trustzone.machine import Machine
+from flexserve.worlds.trustzone.machine import Ended, Machine
 
+
+def no_linux() -> str:
+    try:
+        linux.find()
+    except NotFound as error:
+        return f"{error.message}: {error.hint}"
+    return ""
+
+
+NO_LINUX = no_linux()
 MISSING = firmware.missing_tools()
 pytestmark = [
     pytest.mark.slow,
@@ -23,9 +33,21 @@ def rows() -> dict[str, Row]:
 
 @pytest.mark.parametrize("name", [attack.id for attack in attacks.attacks()])
 def test_the_attack_is_blocked_and_its_control_succeeds(rows: dict[str, Row], name: str) -> None:
+    if NO_LINUX and name.startswith("linux-"):
+        pytest.skip(NO_LINUX)
     row = rows[name]
     assert row.blocked, row.with_defence
     assert row.control_succeeded, row.without_defence
+
+
+def test_debians_kernel_boots_on_two_cpus_sees_no_hidden_memory_and_powers_off() -> None:
+    if NO_LINUX:
+        pytest.skip(NO_LINUX)
+    with linux.boot(linux.find(), "/bin/busybox cat /proc/iomem") as machine:
+        assert "2 cpus" in machine.wait_for(linux.GREETING, attacks.BOOT_S)
+        machine.wait_for("40000000-7edfffff : System RAM", attacks.ATTACK_S)
+        with pytest.raises(Ended):
+            machine.wait_for("no such line", attacks.ATTACK_S)
 
 
 def test_a_release_build_has_no_switch() -> None:

@@ -1,4 +1,4 @@
-"""`flexserve tz`: the trustzone world. So far: attack it."""
+"""`flexserve tz`: the trustzone world. So far: boot it, attack it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from .common import print_json
 
 NOT_BLOCKED = 1
+SILENCE_S = 120.0
 
 
 @click.group("tz")
@@ -42,6 +43,23 @@ def attack(*, only: tuple[str, ...], listing: bool, as_json: bool) -> None:
         click.echo(verdict(report))
     if not all(row.blocked and row.control_succeeded for row in rows):
         sys.exit(NOT_BLOCKED)
+
+
+@command.command("boot")
+@click.option("--fetch", is_flag=True, help="Get Debian's arm64 kernel and busybox first (60 MB, by apt).")
+@click.option("--run", "script", metavar="SCRIPT", default="", help="What Linux runs as root (busybox sh).")
+def boot(*, fetch: bool, script: str) -> None:
+    """Boot Debian's own kernel as the normal world, under the firmware, and print what it prints until it ends."""
+    from ..worlds.trustzone import linux
+    from ..worlds.trustzone.machine import Ended
+
+    debian = linux.fetch() if fetch else linux.find()
+    with linux.boot(debian, script) as machine:
+        try:
+            while True:
+                click.echo(machine.line(SILENCE_S))
+        except Ended:
+            return
 
 
 def _line(row: Any) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import NotFound
-from . import firmware
+from . import firmware, linux
 from .firmware import Firmware
 from .machine import Hung, Machine, qemu_version
 
@@ -23,6 +23,8 @@ READY = "attacker ready"
 REBOOTS = frozenset({"reset-residue"})
 ENDS_THE_SECOND_CPU = frozenset({"psci-level"})
 STOPPED = "is not the one"
+HOW = ("real", "twin")
+SIGBUS = 128 + 7  # as a shell tells that a signal ended a program
 BOOT_S = 60.0
 ATTACK_S = 120.0
 
@@ -37,6 +39,8 @@ class Attack:
     tried: str
     expected: str
     off: tuple[str, ...] = ()
+    command: str = ""  # of Linux's root: a busybox applet with arguments
+    twin: str = ""
 
     @property
     def control(self) -> str:
@@ -100,13 +104,16 @@ def attacks(only: Iterable[str] = ()) -> list[Attack]:
 def run(chosen: list[Attack], progress: Callable[[Row], None] | None = None) -> list[Row]:
     """Run attacks and controls. Raises `NotFound` and `EngineFailure` of `firmware.build`."""
     release, controls = firmware.build(), firmware.build(controls=True)
-    real = _against(release.flash, [(a.id, "real") for a in chosen if a.attacker != "storage"])
-    twins = [(a.id, "twin") for a in chosen if a.control == "unprotected_twin"]
+    real = _against(release.flash, [(a.id, "real") for a in chosen if a.attacker == "kernel"])
+    twins = [(a.id, "twin") for a in chosen if a.control == "unprotected_twin" and a.attacker == "kernel"]
     twin = _against(release.flash, twins)
+    under_linux = _under_linux([attack for attack in chosen if attack.command])
     rows = []
     for attack in chosen:
         if attack.attacker == "storage":
             row = _changed_image(attack, release, controls)
+        elif attack.command:
+            row = Row(attack, under_linux[attack.id, "real"], under_linux[attack.id, "twin"])
         elif attack.off:
             flash = controls.without(frozenset(attack.off))
             row = Row(attack, real[attack.id], _against(flash, [(attack.id, "real")])[attack.id])
@@ -155,6 +162,34 @@ def _one(machine: Machine, name: str, how: str) -> Seen:
             if (told, kind) != (name, how):
                 return Seen(None, f"an answer about {told} {kind}")
             return Seen(result == "achieved", f"{text} ({value})")
+
+
+def _under_linux(chosen: list[Attack]) -> dict[tuple[str, str], Seen]:
+    """Attacks of Linux's root, one after the other in one boot; each must leave the kernel alive to tell of it."""
+    every = [
+        (one.id, how, getattr(one, {"real": "command", "twin": "twin"}[how])) for one in chosen for how in HOW
+    ]
+    seen = {(name, how): Seen(None, "Linux ended before") for name, how, _ in every}
+    if not chosen:
+        return seen
+    try:
+        debian = linux.find()
+    except NotFound as error:
+        return dict.fromkeys(seen, Seen(None, f"{error.message}: {error.hint}"))
+    script = "".join(
+        f'got=$(/bin/busybox {command} 2>&1); echo "row {name} {how} $? $got"\n'
+        for name, how, command in every
+    )
+    with linux.boot(debian, script) as machine:
+        try:
+            machine.wait_for(linux.GREETING, BOOT_S)
+            for _ in every:
+                _, name, how, status, *text = machine.wait_for("row ", ATTACK_S).split(" ")
+                said = "SIGBUS" if status == str(SIGBUS) else f"exit code {status}"
+                seen[name, how] = Seen(status == "0", " ".join([said, *text]).strip())
+        except Hung as error:
+            return {key: Seen(None, error.message) if s.achieved is None else s for key, s in seen.items()}
+    return seen
 
 
 def _changed_image(attack: Attack, release: Firmware, controls: Firmware) -> Row:

@@ -62,8 +62,8 @@ def defence_bits() -> dict[str, int]:
     return {name: 1 << int(bit) for name, bit in re.findall(r"#define D_(\w+) \(1u << (\d+)\)", text)}
 
 
-def build(*, controls: bool = False) -> Firmware:
-    """Build unless the sources are those of the last build.
+def build(*, controls: bool = False, linux: bool = False) -> Firmware:
+    """Build unless the sources are those of the last build. `linux`: what enters a Linux kernel, not the attacker's.
 
     Raises `NotFound` when sources or tools are missing, `EngineFailure` when the compiler refuses.
     """
@@ -72,13 +72,15 @@ def build(*, controls: bool = False) -> Firmware:
             "this installation has no firmware sources", hint="work in a checkout of the repository"
         )
     require_tools()
-    out = SOURCES.parent / "build" / "firmware" / ("controls" if controls else "release")
+    name = "controls" if controls else "linux" if linux else "release"
+    out = SOURCES.parent / "build" / "firmware" / name
     stamp, image = out / "sources.sha256", out / "firmware.bin"
     digest = _sources_digest()
     if not (image.exists() and stamp.exists() and stamp.read_text() == digest):
         out.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
         command = ["make", "-B", "-C", str(SOURCES), f"OUT={out}", *(["CONTROLS=1"] if controls else [])]
+        command += ["LINUX=1"] if linux else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise EngineFailure(f"the firmware does not build: {done.stderr.strip()[-2000:]}")

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -26,17 +27,29 @@ class Hung(EngineFailure):
     """The machine did not answer in time, or ended."""
 
 
-class Machine:
-    """A running machine. Use as a context manager: it ends with the block."""
+class Ended(Hung):
+    """The machine has ended."""
 
-    def __init__(self, flash: bytes) -> None:
+
+class Machine:
+    """A running machine. Use as a context manager: it ends with the block.
+
+    `loaded`: what lies in normal DRAM from the start, by address.
+    """
+
+    def __init__(self, flash: bytes, loaded: Mapping[int, bytes] | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="flexserve-tz-")
         folder = Path(self._directory.name)
         (folder / "flash").write_bytes(flash)
         self._secure = folder / "secure"
+        devices: list[str] = []
+        for address, content in (loaded or {}).items():
+            file = folder / f"{address:x}"
+            file.write_bytes(content)
+            devices += ["-device", f"loader,file={file},addr={address:#x},force-raw=on"]
         serial = ["-serial", "stdio", "-serial", f"file:{self._secure}"]
         self._process = subprocess.Popen(
-            [QEMU, *ARGUMENTS, "-bios", str(folder / "flash"), *serial],
+            [QEMU, *ARGUMENTS, "-bios", str(folder / "flash"), *serial, *devices],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -60,7 +73,7 @@ class Machine:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise Hung(f"the machine has ended before {line!r}") from None
+            raise Ended(f"the machine has ended before {line!r}") from None
 
     def line(self, timeout_s: float = 30) -> str:
         """The next line it prints. Raises `Hung`."""
@@ -71,7 +84,7 @@ class Machine:
                 f"the machine was silent for {timeout_s:.0f} s; secure side: {self.secure()}"
             ) from None
         if line is None:
-            raise Hung(f"the machine has ended; secure side: {self.secure()}")
+            raise Ended(f"the machine has ended; secure side: {self.secure()}")
         return line
 
     def wait_for(self, start: str, timeout_s: float = 30) -> str:

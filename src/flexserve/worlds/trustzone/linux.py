@@ -1,0 +1,116 @@
+"""Debian's own arm64 kernel as the normal world: what it boots from, and where to get it.
+
+The kernel and busybox come as Debian's packages, unchanged, by apt with a configuration of its own: the host needs no
+second architecture. Its first files are busybox and one script. Does not know what the script does.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import EngineFailure, NotFound
+from . import firmware
+from .devicetree import machine_tree
+from .machine import Machine
+
+KERNEL, TREE, FILES = 0x40200000, 0x47000000, 0x48000000  # firmware/include/memlayout.h
+STORE = firmware.SOURCES.parent / ".cache" / "debian-arm64"
+PACKAGES = ("linux-image-arm64", "busybox-static")
+ARGUMENTS = "console=ttyAMA0 panic=1 quiet"
+GREETING = "linux ready"
+SCRIPT = f"""#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+echo "{GREETING}: $(/bin/busybox nproc) cpus, $(/bin/busybox uname -r)"
+"""
+
+
+@dataclass(frozen=True)
+class Debian:
+    """Files of the packages."""
+
+    kernel: Path
+    busybox: Path
+
+
+def find() -> Debian:
+    """What `fetch` got. Raises `NotFound`."""
+    kernels = sorted(STORE.glob("boot/vmlinuz-*-arm64"))
+    busybox = STORE / "bin" / "busybox"
+    if not kernels or not busybox.exists():
+        raise NotFound(
+            "Debian's arm64 kernel is not here", hint="`make tz-linux` gets it (60 MB, Debian host)"
+        )
+    return Debian(kernels[-1], busybox)
+
+
+def fetch() -> Debian:
+    """Get the packages of the host's own Debian release. Raises `NotFound` without apt, `EngineFailure` if it fails."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise NotFound(
+            "there is no apt-get here", hint=f"put {' and '.join(PACKAGES)} for arm64 into {STORE}"
+        )
+    state = STORE / "apt"
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (state / folder).mkdir(parents=True, exist_ok=True)
+    (state / "status").touch()
+    settings = {
+        "Dir::State": state,
+        "Dir::State::status": state / "status",
+        "Dir::Cache": state / "cache",
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Sandbox::User": "root",
+    }
+    options = [part for name, value in settings.items() for part in ("-o", f"{name}={value}")]
+    _run(["apt-get", *options, "-qq", "update"])
+    depends = _run(["apt-cache", *options, "depends", "--important", PACKAGES[0]])
+    image = next(line.split()[-1] for line in depends.splitlines() if "Depends:" in line)
+    _run(["apt-get", *options, "-qq", "download", image, PACKAGES[1]], cwd=state)
+    for package in state.glob("*.deb"):
+        _run(["dpkg-deb", "-x", str(package), str(STORE)])
+        package.unlink()
+    return find()
+
+
+def _run(command: list[str], cwd: Path | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    if done.returncode:
+        raise EngineFailure(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def archive(files: dict[str, tuple[int, bytes]]) -> bytes:
+    """A cpio archive (newc), which a kernel unpacks as its first files: name to (mode, content)."""
+    out = bytearray()
+    for number, (name, (mode, content)) in enumerate({**files, "TRAILER!!!": (0, b"")}.items(), 1):
+        encoded = name.encode() + b"\0"
+        head = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(encoded), 0)
+        out += b"070701" + "".join(f"{field:08X}" for field in head).encode() + encoded
+        out += bytes(-len(out) % 4) + content
+        out += bytes(-len(out) % 4)
+    return bytes(out)
+
+
+def boot(debian: Debian, script: str = "") -> Machine:
+    """A machine whose normal world is Linux. After the greeting its init runs `script`, then ends the machine.
+
+    Raises what `firmware.build` raises.
+    """
+    init = SCRIPT + script + "\n/bin/busybox poweroff -f\n"
+    files = archive(
+        {
+            "bin": (0o040755, b""),
+            "bin/busybox": (0o100755, debian.busybox.read_bytes()),
+            "dev": (0o040755, b""),
+            "init": (0o100755, init.encode()),
+        }
+    )
+    tree = machine_tree(range(FILES, FILES + len(files)), ARGUMENTS)
+    loaded = {KERNEL: debian.kernel.read_bytes(), TREE: tree, FILES: files}
+    return Machine(firmware.build(linux=True).flash, loaded)
