@@ -438,7 +438,7 @@ def _type_of(weight: Weight, quant: str) -> int:
         wanted = "Q6_K" if finer else "Q4_K"
     elif quant in ("Q4_0", "IQ4_NL") and name == "output.weight":
         wanted = "Q6_K"
-    for choice in (wanted, "Q8_0", "F16"):
+    for choice in (wanted, "Q8_0", "F16") if quant != "F32" else ("F32",):
         if weight.shape[0] % _NUMBERS[choice].block == 0:
             return _NUMBERS[choice].id
     raise AssertionError

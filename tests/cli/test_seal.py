@@ -8,6 +8,7 @@ from pathlib import Path
 from flexserve.bench.generate import write_model
 from flexserve.bench.shapes import ModelShape
 
+from ..engine.test_trial import OLMO2, olmo2
 from .conftest import Shell
 
 
@@ -57,3 +58,20 @@ def test_ctrl_c_and_sigterm_leave_no_file(shell: Shell, tmp_path: Path) -> None:
         assert (child.returncode, err.strip()) == (130, b"error: interrupted")
         assert len(more) < 12  # of 48 chunks: the threads stopped
         assert {p.name for p in shell.directory.iterdir()} == {"vendor.key", "vendor.pub"}
+
+
+def test_a_model_with_general_rules_only_is_tried_and_the_vendor_is_told(shell: Shell) -> None:
+    shell.ok("keys vendor -o vendor.key")
+    gguf = shell.directory / "olmo.gguf"
+    gguf.write_bytes(olmo2().to_bytes())
+    result = shell("seal -o olmo.flex --vendor vendor.key", gguf)
+    assert result.exit_code == 0
+    assert f"architecture '{OLMO2}' has general rules only" in result.stderr
+    gguf.write_bytes(
+        olmo2()
+        .without_key(f"{OLMO2}.rope.freq_base")
+        .with_key(f"{OLMO2}.rope.dimension_count", 4, 6)
+        .to_bytes()
+    )
+    assert "could not load this model" in shell.fails(7, "seal -o other.flex --vendor vendor.key", gguf)
+    assert not (shell.directory / "other.flex").exists()

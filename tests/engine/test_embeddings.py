@@ -175,10 +175,11 @@ def test_cancelling_before_it_starts_gives_no_embedding(bert: Opened) -> None:
     assert (finished.finish_reason, finished.embedding) == (FinishReason.CANCELLED, b"")
 
 
-@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
-def test_a_vector_without_a_direction_is_an_error(bad: float) -> None:
-    with pytest.raises(EngineFailure, match="no direction"):
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_vector_that_is_not_finite_is_an_error(bad: float) -> None:
+    with pytest.raises(EngineFailure, match="not finite"):
         packed(np.full(4, bad, np.float32))
+    assert packed(np.zeros(4, np.float32)) == bytes(16)
 
 
 def test_the_memory_for_computing_is_bounded_before_it_is_taken(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_architectures(arch: str, known: bool) -> None:
     if known:
         _check(tiny_model(arch))
     else:
-        _refused(tiny_model(arch), "architecture", ModelUnsupported)
+        _refused(tiny_model(arch), "architecture .* cannot be served: ", ModelUnsupported)
 
 
 def test_what_is_no_whole_generative_model_is_unsupported() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..engine.trial import try_model
 from ..sealed.keyfile import load_vendor_key
 from ..sealed.seal import seal
 from .common import (
@@ -16,6 +17,7 @@ from .common import (
     progress_bar,
     sigterm_interrupts,
 )
+from .display import note
 
 
 @click.command("seal")
@@ -31,8 +33,16 @@ def command(
     """Encrypt and sign a GGUF model. Of a split model give the first part, NAME-00001-of-000NN.gguf."""
     key = load_vendor_key(vendor, passphrase_source(passphrase_file))
     with sigterm_interrupts(), progress_bar("sealing") as progress:
-        manifest = seal(model, out, key, model_id, version, progress=progress)
+        manifest = seal(model, out, key, model_id, version, progress=progress, trial=_trial)
     click.echo(
         f"{out}: {manifest.model_id} version {manifest.model_version}, "
         f"{human_bytes(manifest.plan.file_bytes)} in {manifest.plan.segment_count} segments"
+    )
+
+
+def _trial(path: Path, architecture: str) -> None:
+    try_model(path, architecture)
+    note(
+        f"architecture {architecture!r} has general rules only (docs/coverage.md): llama.cpp loaded the model in a "
+        "trial; try it on a device before you ship it"
     )

@@ -1,8 +1,8 @@
 """How much memory llama.cpp takes for what a model remembers of its tokens: keys and values, or a state.
 
 Computed from a checked header before the context is made, because llama.cpp would ask for any amount. For the
-architectures in `model_rules.REVIEWED` it is exactly what llama.cpp allocates; for the others it is an upper
-bound: every layer is taken to have both. Knows nothing of contexts. Source: llama_kv_cache and
+architectures in `model_rules.REVIEWED` it is exactly what llama.cpp allocates; for the others it is an estimate
+from above: every layer is taken to have both. Knows nothing of contexts. Source: llama_kv_cache and
 llama_memory_recurrent of the pinned llama.cpp.
 """
 
@@ -69,6 +69,9 @@ def _attention_elements(header: GGUFHeader) -> int:
     if header.architecture not in REVIEWED:  # layers may differ by kind
         key = max(key, _number(header, "attention.key_length_swa", 0))
         value = max(value, _number(header, "attention.value_length_swa", 0))
+        value += _number(
+            header, "attention.indexer.key_length", 0
+        )  # a second cache, to choose what to attend to
     elif _number(header, "attention.key_length_mla", 0):
         value = 0  # the latent is both
     groups = _sum_over_layers(header, "attention.head_count_kv", heads)

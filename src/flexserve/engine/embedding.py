@@ -36,9 +36,10 @@ def check_kind(*, embeds: bool, wanted: bool, model: str) -> None:
 
 
 def packed(vector: Any) -> bytes:
-    """A float32 vector scaled to length 1, as little-endian bytes. Raises `EngineFailure` when it has no direction."""
+    """A float32 vector scaled to length 1, as little-endian bytes; zeros stay zeros. Raises `EngineFailure` when it
+    is not finite."""
     exact = vector.astype(np.float64)
     length = float(np.sqrt(np.sum(exact * exact)))
-    if not np.isfinite(length) or length == 0.0:
-        raise EngineFailure("the model made an embedding that has no direction")
-    return bytes((exact / length).astype("<f4").tobytes())
+    if not np.isfinite(length):
+        raise EngineFailure("the model made an embedding that is not finite")
+    return bytes((exact / (length or 1.0)).astype("<f4").tobytes())

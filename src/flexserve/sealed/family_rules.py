@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 LATENT = frozenset(("deepseek2",))  # keys and values share one low-rank latent (MLA)
 RECURRENT = frozenset(("mamba", "mamba2"))  # a state of fixed size instead of keys and values
-ENCODERS = frozenset(("bert", "nomic-bert"))  # no KV cache and no output matrix: they make embeddings
+REVIEWED_ENCODERS = frozenset(("bert", "nomic-bert"))
+# No KV cache and no output matrix: they make embeddings.
+ENCODERS = REVIEWED_ENCODERS | frozenset(
+    "modern-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding".split()  # noqa: SIM905
+)
 
 MAX_WIDTH = 1 << 20
 MAX_HEADS = 65536
@@ -99,8 +103,9 @@ def check_encoder(keys: Keys) -> None:
     arch = keys.arch
     if keys.value("attention.causal") is not False:
         raise ModelMalformed(f"key '{arch}.attention.causal' must be false: {arch} reads in both directions")
-    keys.integer("expert_count", 0, 0, default=0)
-    keys.integer("attention.sliding_window", 0, 0, default=0)
+    if arch in REVIEWED_ENCODERS:
+        keys.integer("expert_count", 0, 0, default=0)
+        keys.integer("attention.sliding_window", 0, 0, default=0)
 
 
 def check_pooling(keys: Keys, *, encoder: bool) -> int:

@@ -6,9 +6,10 @@ wrong type or allocates without bound, at load or in the first forward pass. The
 load_hparams, load_arch_tensors, graph builders and CPU kernels. Shapes of weights that llama.cpp compares
 with its hyperparameters anyway are not repeated here.
 
-For the architectures in `REVIEWED` the rules cover what their code reads. The other architectures that
-llama.cpp can generate text with get the general rules only: their own keys were not reviewed, and a
-hostile vendor may still crash the secure world with them (it is restarted, nothing leaks).
+For the architectures in `REVIEWED` the rules cover what their code reads (family_rules.py for those that are not
+dense decoders). The others in `NOT_REVIEWED` get the general rules only: their own keys were not reviewed. An
+honest vendor's `flexserve seal` has llama.cpp load such a model in a trial first; a hostile vendor may still
+crash the secure world with one (it is restarted, nothing leaks).
 
 The tokenizer's rules are in tokenizer_rules.py.
 """
@@ -25,6 +26,7 @@ from .family_rules import (
     ENCODERS,
     LATENT,
     RECURRENT,
+    REVIEWED_ENCODERS,
     check_encoder,
     check_latent,
     check_mixture,
@@ -55,9 +57,10 @@ DENSE = frozenset(
     ]
 )
 MIXTURES = frozenset(("qwen3moe", "deepseek2"))
-REVIEWED = DENSE | MIXTURES | LATENT | RECURRENT | ENCODERS
+REVIEWED = DENSE | MIXTURES | LATENT | RECURRENT | REVIEWED_ENCODERS
 
-# llama.cpp can load these too and generate text from token ids alone (src/llama-arch.cpp).
+# llama.cpp can compute these too, from token ids alone (src/llama-arch.cpp). Their own keys were not reviewed: `seal`
+# has llama.cpp try them first.
 _NOT_REVIEWED = """
     llama4 deci falcon grok gpt2 gptneox mpt baichuan starcoder refact bloom stablelm qwen qwen2moe qwen2vl
     qwen3next qwen3vl qwen3vlmoe qwen35 qwen35moe phi2 phimoe plamo plamo2 plamo3 codeshell orion
@@ -66,9 +69,33 @@ _NOT_REVIEWED = """
     nemotron_h nemotron_h_moe exaone exaone4 exaone-moe rwkv6 rwkv6qwen2 rwkv7 arwkv7 granite granitemoe
     granitehybrid chameleon plm bailingmoe bailingmoe2 dots1 arcee afmoe ernie4_5 ernie4_5-moe hunyuan-moe
     hunyuan-dense gpt-oss lfm2 lfm2moe smallthinker seed_oss grovemoe apertus minimax-m2 cogvlm
-    pangu-embedded mistral4 mimo2 step35 maincoder kimi-linear"""
-NOT_REVIEWED = frozenset(_NOT_REVIEWED.split())
-GENERATIVE = (REVIEWED - ENCODERS) | NOT_REVIEWED
+    pangu-embedded mistral4 mimo2 step35 maincoder kimi-linear cohere2moe qwen4exp deepseek32 deepseek4 glm-dsa hy_v3
+    hy_v4 bailingmoe3 dots3note laguna granite_swa muse-glimmer mellum maple minimax-01 minimax-m3 kimi-k3 glm5-next
+    talkie nanbeige spark2_5 paddleocr hunyuan_vl llama-embed hrm_text"""
+NOT_REVIEWED = frozenset(_NOT_REVIEWED.split()) | (ENCODERS - REVIEWED_ENCODERS)
+GENERATIVE = (REVIEWED | NOT_REVIEWED) - ENCODERS
+
+# What llama.cpp also knows, and why it is refused.
+_IMAGES, _SOUND = "it sees images and needs another program for them", "it makes sound"
+_DRAFT, _DIFFUSION = "it only drafts for another model", "it makes text by diffusion, not token by token"
+REFUSED = {
+    "clip": _IMAGES,
+    "deepseek2-ocr": _IMAGES,
+    "dflash": _DRAFT,
+    "dream": _DIFFUSION,
+    "eagle3": _DRAFT,
+    "gemma4-assistant": _DRAFT,
+    "gptj": "llama.cpp knows its name but cannot compute it",
+    "graniteswitch": "it switches between adapters inside, which nothing here can ask for",
+    "llada": _DIFFUSION,
+    "llada-moe": _DIFFUSION,
+    "pockettts": _SOUND,
+    "qwen3tts": _SOUND,
+    "rnd1": _DIFFUSION,
+    "t5": "its encoder and its decoder need a request of two parts",
+    "t5encoder": "it is half of a model of two parts",
+    "wavtokenizer-dec": _SOUND,
+}
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
@@ -106,7 +133,8 @@ def _check_general(header: GGUFHeader) -> str:
     if not isinstance(arch, str):
         raise ModelMalformed("key 'general.architecture' must be a string")
     if arch not in GENERATIVE | ENCODERS:
-        raise ModelUnsupported(f"architecture {arch[:64]!r} is not one FlexServe can compute with")
+        why = REFUSED.get(arch, "llama.cpp of this version does not know it")
+        raise ModelUnsupported(f"architecture {arch[:64]!r} cannot be served: {why}")
     kind = _scalar(header, "general.type", "model")
     if kind != "model":
         raise ModelUnsupported(f"key 'general.type' says {kind!r}: only whole models can be served")

@@ -28,6 +28,7 @@ from .format import Description, Manifest, Plan, Region, RegionKind, TensorExten
 from .gguf import GGUFHeader, check_model, describe
 from .keys import VendorKey
 from .layout import plan_layout
+from .model_rules import NOT_REVIEWED
 from .split import open_source
 
 THREADS = 3  # two compute while one waits for the storage
@@ -60,12 +61,14 @@ def seal(
     version: int = 1,
     *,
     progress: Progress | None = None,
+    trial: Callable[[Path, str], None] | None = None,
 ) -> Manifest:
     """Seal a model into a new file, replacing `out_path` only when everything is written and synced.
 
     Of a split model `gguf_path` is the first part; the others are found by their names. Without `model_id` it is
     made from the file's `general.name`, or its own name. `progress` is called a few times per second from this
-    thread. Raises `Usage`, `NotFound`, `ModelMalformed`, `ModelUnsupported`,
+    thread. `trial(path, architecture)` is called for a model whose architecture only has the general rules: it may
+    refuse it by raising. Raises `Usage`, `NotFound`, `ModelMalformed`, `ModelUnsupported`,
     `StorageFailure`; then, and on KeyboardInterrupt, no file is left.
     """
     if not 1 <= version <= fmt.MAX_INTEGER:
@@ -80,6 +83,8 @@ def seal(
         if out_path.exists() and any(os.path.samestat(out_path.stat(), os.fstat(f)) for f in source.files):
             raise Usage(f"{out_path} is the model itself", hint="give another name with -o")
         check_model(source.header)
+        if trial is not None and source.header.architecture in NOT_REVIEWED:
+            trial(gguf_path, source.header.architecture)
         content = replace(
             content_of(source.meta, source.header), file_offsets=source.offsets, part_of=source.part_of
         )
