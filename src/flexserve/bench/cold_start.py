@@ -23,14 +23,13 @@ from . import machine, memory, processor, rates
 from .files import BenchModel, Progress, Say, prepare_model
 from .memory import Condition, FreeMemory, MemoryState
 from .plain import LOAD_MODES, Job, PlainProcess
+from .processor import BUSY_CORES, BUSY_S
 from .report import Measured, Round, Run, report
 from .shapes import shape_named
 from .sides import PlainSide, Sample, SealedSide, SealedWorld, Settings, Side
 
 LONG_PROMPT_TOKENS = 512
 STORAGE_DEPTH = 4  # segments in flight while a round's read rate is measured
-BUSY_S = 0.5  # how long others are watched before a round
-BUSY_CORES = 0.2
 PLAIN_SIDES = (*(f"plain_cold_{mode}" for mode in LOAD_MODES), "plain_warm")
 REPACK_SIDES = ("plain_cold_repack", "plain_warm_repack")  # where llama.cpp repacks this quantisation
 SEALED_SIDES = ("sealed_cold", "sealed_sequential", "sealed_resident")
@@ -278,13 +277,18 @@ def _round(  # noqa: PLR0917
     measured: dict[str, Measured] = {}
     for side in turned(sides, number):
         measured[side.name] = _measure(side, free, long if side.name in LONG_SIDES else short)
-        m = measured[side.name]
-        say(
-            f"  {side.name:<22}{m.sample.ttft_s:7.3f} s{m.sample.decode_tokens_per_s:8.1f} tokens/s"
-            f"   first touch {m.condition.first_touch_s_per_gb:.2f} s/GB"
-        )
+        say(_line(side.name, measured[side.name]))
     _check_tokens(sides, measured)
     return Round(seed, read_rate, busy, measured)
+
+
+def _line(name: str, m: Measured) -> str:
+    others = m.sample.other_cpu_s / m.sample.ttft_s
+    return (
+        f"  {name:<22}{m.sample.ttft_s:7.3f} s{m.sample.decode_tokens_per_s:8.1f} tokens/s"
+        f"   first touch {m.condition.first_touch_s_per_gb:.2f} s/GB"
+        + (f"   others used {others:.1f} cores" if others > BUSY_CORES else "")
+    )
 
 
 def turned(sides: list[Side], number: int) -> list[Side]:

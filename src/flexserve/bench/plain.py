@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import EngineFailure
 from .machine import peak_resident_bytes
+from .processor import busy_s
 
 # llama.h, enum llama_load_mode. "read" is into anonymous memory, through the page cache (--no-mmap); "mlock" maps
 # and locks.
@@ -50,6 +51,7 @@ class PlainResult:
     load_s: float
     prefill_s: float
     cpu_s: float  # of the process, up to its first token
+    busy_s: float  # of the whole machine meanwhile
     decode_tokens_per_s: float
     resident_ttft_s: float | None  # of the second time
     token_ids: list[int]
@@ -138,7 +140,7 @@ def _run(job: Job) -> PlainResult:
         repacked.extend(float(size) for size in _REPACKED.findall(text.decode("utf-8", "replace")))
 
     api.llama_log_set(on_log, None)
-    read, cpu, start = _storage_bytes(), _cpu_s(), time.perf_counter()
+    read, busy, cpu, start = _storage_bytes(), busy_s(), _cpu_s(), time.perf_counter()
     model = Model.from_file(Path(job.model), load_mode=LOAD_MODES[job.load_mode], repack=job.repack)
     context = Context(model, ContextOptions(job.context_tokens, job.threads))
     _detach_threads(context.handle)
@@ -147,7 +149,7 @@ def _run(job: Job) -> PlainResult:
     context.decode(job.token_ids)
     tokens = [sampler.sample(context)]
     first = time.perf_counter()
-    cpu, read = _cpu_s() - cpu, _storage_bytes() - read
+    cpu, busy, read = _cpu_s() - cpu, busy_s() - busy, _storage_bytes() - read
     decoding = time.perf_counter()
     while len(tokens) < job.output_tokens:
         context.decode(tokens[-1:])
@@ -165,6 +167,7 @@ def _run(job: Job) -> PlainResult:
         load_s=loaded - start,
         prefill_s=first - loaded,
         cpu_s=cpu,
+        busy_s=busy,
         decode_tokens_per_s=(len(tokens) - 1) / (end - decoding) if len(tokens) > 1 else 0.0,
         resident_ttft_s=resident_s,
         token_ids=tokens,

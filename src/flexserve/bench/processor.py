@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+BUSY_S = 0.5  # how long others are watched before something is measured
+BUSY_CORES = 0.2  # used by others: more than this, and times mean little
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -35,14 +37,14 @@ def steal_s() -> float:
     return int(fields[8]) * _TICK_S if len(fields) > 8 else 0.0
 
 
-def busy_cores(seconds: float) -> float:
-    """How many cores are in use while this thread sleeps for that long: by everybody else (/proc/stat)."""
-    before, start = _busy_s(), time.perf_counter()
-    time.sleep(seconds)
-    return (_busy_s() - before) / (time.perf_counter() - start)
-
-
-def _busy_s() -> float:
-    """User, nice, system, interrupts and stolen time, of all cores."""
+def busy_s() -> float:
+    """Seconds in which the cores were in use or taken by the host, summed, since boot; in ticks (/proc/stat)."""
     fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
     return (sum(fields[:3]) + sum(fields[5:8])) * _TICK_S
+
+
+def busy_cores(seconds: float) -> float:
+    """How many cores are in use while this thread sleeps for that long: by everybody else (/proc/stat)."""
+    before, start = busy_s(), time.perf_counter()
+    time.sleep(seconds)
+    return (busy_s() - before) / (time.perf_counter() - start)

@@ -51,6 +51,7 @@ class Sample:
     resident_ttft_s: float | None  # plain only: the same prompt once more in the same process
     peak_bytes: int
     cpu_s: float  # of the process that answers
+    other_cpu_s: float  # of everything else on the machine, the host included
     read_bytes: int
     # Where the time went
     wait_s: float  # queue, channel, tokenising, sampling: neither loading nor computing
@@ -140,6 +141,7 @@ class PlainSide:
             resident_ttft_s=got.resident_ttft_s,
             peak_bytes=got.peak_bytes,
             cpu_s=got.cpu_s,
+            other_cpu_s=max(0.0, got.busy_s - got.cpu_s),
             read_bytes=got.read_bytes,
             wait_s=0.0,
             load_s=got.load_s,
@@ -242,20 +244,21 @@ class SealedWorld:
             sampling=Sampling(temperature=0),
         )
         pid = self.pid
-        before = processor.thread_cpu_s(pid)
+        before, busy_before = processor.thread_cpu_s(pid), processor.busy_s()
         used: dict[int, float] = {}
-        ttft_s = 0.0
+        ttft_s = busy_s = 0.0
         start = time.perf_counter()
         for event in self.world.generate(request):
             if isinstance(event, Token):
                 if not ttft_s:
                     ttft_s = time.perf_counter() - start
                     used = processor.since(before, processor.thread_cpu_s(pid))
+                    busy_s = processor.busy_s() - busy_before
                 continue
-            return self._sample(event, ttft_s, used)
+            return self._sample(event, ttft_s, used, busy_s)
         raise EngineFailure("the answer did not end")
 
-    def _sample(self, finished: Finished, ttft_s: float, used: dict[int, float]) -> Sample:
+    def _sample(self, finished: Finished, ttft_s: float, used: dict[int, float], busy_s: float) -> Sample:
         t = finished.timings
         cpu_s = sum(used.values())
         return Sample(
@@ -265,6 +268,7 @@ class SealedWorld:
             resident_ttft_s=None,
             peak_bytes=machine.peak_resident_bytes(self.pid),
             cpu_s=cpu_s,
+            other_cpu_s=max(0.0, busy_s - cpu_s),
             read_bytes=t.load_bytes,
             wait_s=max(0.0, ttft_s - t.prefill_s),
             load_s=None,
