@@ -133,7 +133,46 @@ static bool on_reaches_all(struct outcome *out, bool twin) {
     return faulted(out, esr, value, "the canary");
 }
 
+/* Off and on again and again, with Flex-Mem in between, while the other CPU reads, and is in EL2 as often as it can be. */
+static u32 stop_storm;
+static u64 storm_seen, storm_reads;
+static u64 read_and_call(u64 address, u64 unused) {
+    u64 value;
+    (void)unused;
+    while (!__atomic_load_n(&stop_storm, __ATOMIC_ACQUIRE)) {
+        value = 0;
+        storm_reads += guarded(load, address, 0, &value) == 0;
+        storm_seen |= value == CANARY;
+        guarded(hvc, CALL_VERSION, 0, &value); /* undefined while it is off */
+    }
+    return 0;
+}
+
+static bool switch_storm(struct outcome *out, bool twin) {
+    u64 value, taken, switched = 0;
+    s64 status = ABI_OK;
+    (void)twin;
+    stop_storm = 0;
+    storm_seen = storm_reads = 0;
+    second_begin(read_and_call, VICTIM, 0);
+    for (u32 i = 0; i < 100 && status == ABI_OK; i++) {
+        while ((status = off()) == ABI_BUSY) /* the other CPU was in EL2 */
+            ;
+        if (status == ABI_OK)
+            status = on();
+        switched += status == ABI_OK;
+        give(VICTIM, 1);
+        reclaim(1, ABI_MODE_SYNC, &taken);
+    }
+    __atomic_store_n(&stop_storm, 1, __ATOMIC_RELEASE);
+    second_end(&value);
+    out->seen = storm_seen ? "the canary" : status != ABI_OK || !storm_reads ? "it got stuck" : "zeros and faults";
+    out->value = switched;
+    return storm_seen || status != ABI_OK || !storm_reads;
+}
+
 const struct attack protect_attacks[] = {
+    {"switch-storm", switch_storm},
     {"off-with-flex", off_with_flex}, {"tamper-code", tamper_code}, {"tamper-entry", tamper_entry},
     {"tamper-vectors", tamper_vectors}, {"tamper-constants", tamper_constants}, {"tamper-last-word", tamper_last},
     {"forged-tables", forged_tables}, {"forged-states", forged_states}, {"hvc-while-off", hvc_while_off},
