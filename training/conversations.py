@@ -23,14 +23,14 @@ _SYSTEM = (
 
 
 def conversations(generator: Generator, seed: int) -> Iterator[list[Turn]]:
-    """Endless conversations: 15 % begin with a system message, 15 % have more than one exchange."""
+    """Endless conversations: 12 % begin with a system message, 8 % have more than one exchange."""
     rng = Random(f"{seed}/conversations")
     while True:
         turns: list[Turn] = []
-        if rng.random() < 0.15:
+        if rng.random() < 0.12:
             text = rng.choice(_SYSTEM) if rng.random() < 0.8 else generator.words.salad(rng, 12)
             turns.append(Turn("system", text))
-        exchanges = 1 if rng.random() < 0.85 else rng.randint(2, 3)
+        exchanges = 1 if rng.random() < 0.92 else rng.randint(2, 3)
         for _ in range(exchanges):
             example = next(generator)
             turns += [Turn("user", example.say), Turn("assistant", example.answer)]

@@ -17,7 +17,7 @@ from . import phrases
 from .phrases import When, spoken_time
 from .schema import SPANS, Call, Example, Value
 from .text import items, sections
-from .words import Words
+from .words import SPLIT, Words
 
 TEMPLATE_HELD_OUT_SHARE = 0.12
 
@@ -33,7 +33,7 @@ INTENTS: dict[str, float] = {
     "alarm_cancel_all": 2,
     "alarm_cancel_day": 2,
     "timer": 7,
-    "reminder": 27,
+    "reminder": 24,
     "lights_on": 4,
     "lights_off": 3.5,
     "lights_dim": 2,
@@ -44,17 +44,17 @@ INTENTS: dict[str, float] = {
     "lights_all_other": 1,
     "read_app": 2.5,
     "read_all": 1.5,
-    "clear_app": 1.5,
+    "clear_app": 1.7,
     "clear_all": 1.2,
     "mute_app": 3,
     "mute_all": 2.5,
-    "unmute_app": 1.5,
+    "unmute_app": 1.7,
     "unmute_all": 1.2,
     "message": 16,
-    "greeting": 0.8,
-    "thanks": 0.5,
-    "about": 0.5,
-    "other": 6,
+    "greeting": 1,
+    "thanks": 0.7,
+    "about": 0.7,
+    "other": 9,
 }
 
 
@@ -62,9 +62,24 @@ INTENTS: dict[str, float] = {
 def templates(intent: str, held_out: bool) -> tuple[str, ...]:
     """The lines of one intent on one side of the split; a line written twice is drawn twice as often."""
     lines = sections("templates")[intent]
-    by_digest = sorted(set(lines), key=lambda line: hashlib.sha256(line.encode()).digest())
+    by_digest = sorted(set(lines), key=lambda line: hashlib.sha256(f"{SPLIT}/{line}".encode()).digest())
     chosen = set(by_digest[: max(1, round(TEMPLATE_HELD_OUT_SHARE * len(by_digest)))])
     return tuple(line for line in lines if (line in chosen) == held_out)
+
+
+def spellings(template: str) -> list[str]:
+    """The template with its alternatives chosen in every possible way, slots still open."""
+    found = _CHOICE.search(template)
+    if found is None:
+        return [template]
+    before, after = template[: found.start()], template[found.end() :]
+    return [full for choice in found[1].split("|") for full in spellings(before + choice + after)]
+
+
+@cache
+def _trained(intent: str) -> frozenset[str]:
+    """What the training side's templates of an intent can say."""
+    return frozenset(normalise(say) for line in templates(intent, False) for say in spellings(line))
 
 
 def normalise(say: str) -> str:
@@ -202,6 +217,13 @@ class _Draft:
     def msg(self) -> str:
         return self.span("text", self.words.clause(self.rng))
 
+    def plain(self) -> str:
+        """The same where no "that" or colon marks its beginning: whole phrases, no loose words."""
+        return self.span("text", self.words.clause(self.rng, loose=False))
+
+    def order(self) -> str:
+        return self.span("text", f"to {self.words.task(self.rng)}")
+
     def msgs(self) -> str:
         return self.span(
             "text",
@@ -231,13 +253,13 @@ class _Draft:
         makers: dict[str, Callable[[], str]] = {
             "name": lambda: words.name(rng),
             "surname": lambda: words.surname(rng),
-            "place": lambda: (
-                words.surname(rng) if rng.random() < 0.6 else rng.choice(["Tokyo", "Paris", "Peru", "Oslo"])
-            ),
+            "place": lambda: words.city(rng),
             "thing": lambda: words.event(rng),
             "item": lambda: words.item(rng),
             "num": lambda: str(rng.choice([rng.randint(2, 99), rng.randint(1900, 2030)])),
-            "adj": lambda: rng.choice(["ready", "open", "expensive", "late", "good", "important", "closed"]),
+            "adj": lambda: rng.choice(
+                ["ready", "open", "expensive", "late", "good", "important", "closed", "free", "new"]
+            ),
             "word": lambda: words.invented(rng),
             "salad": lambda: words.salad(rng),
             "to": lambda: words.person(rng)[0],
@@ -346,10 +368,11 @@ class Generator:
     def __next__(self) -> Example:
         while True:
             example = self._one()
-            if normalise(example.say) not in self.avoid:
+            if example is not None and normalise(example.say) not in self.avoid:
                 return example
 
-    def _one(self) -> Example:
+    def _one(self) -> Example | None:
+        """None where a held-out template happens to say what a training template can say too."""
         intent = self.rng.choices(list(INTENTS), list(INTENTS.values()))[0]
         template = self.rng.choice(templates(intent, self.held_out))
         asks = intent in _CALLS
@@ -357,7 +380,11 @@ class Generator:
         template, _, kind = template.partition("#")
         if kind in {"dim", "bright"}:
             draft.call["state"] = kind
-        say = _CHOICE.sub(lambda m: self.rng.choice(m[1].split("|")), template.removeprefix("= "))
+        say = template.removeprefix("= ")
+        while _CHOICE.search(say):  # from the inside out
+            say = _CHOICE.sub(lambda m: self.rng.choice(m[1].split("|")), say)
+        if self.held_out and normalise(say) in _trained(intent):
+            return None
         say = _SLOT.sub(lambda m: draft.fill(m[1], asks), say)
         say = " ".join(say.split()).replace(" ,", ",").replace(" :", ":")
         say = self._frame(say, sentence=template.startswith("= "), free_end=intent == "message")
@@ -369,7 +396,8 @@ class Generator:
         """Politeness in front and behind; with `free_end` not behind, where it would join the message."""
         rng, question = self.rng, False
         if not sentence and rng.random() < 0.42:
-            prefix = rng.choice(_FRAMES["prefixes"])
+            forbids = say.lower().startswith(("don't", "do not", "never"))
+            prefix = rng.choice(_FRAMES["openings"] if forbids else _FRAMES["prefixes"])
             question = prefix.startswith(_QUESTIONS)
             say = f"{prefix} {say}"
         elif sentence and rng.random() < 0.1:

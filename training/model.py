@@ -2,7 +2,7 @@
 
 Rotary embedding turns neighbouring pairs (2i, 2i+1), which is what llama.cpp does for this architecture: the
 query and key rows are exported as they are. (Hugging Face turns (i, i + d/2) instead, which is why its
-converter has to permute them.) Knows nothing about text.
+converter has to permute them.) Knows nothing about text; `beginning.py` sets the first weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Shape:
     kv_heads: int = 4
     ff: int = 640
     context: int = 1024
-    rope_base: float = 10000.0
+    rope_base: float = 100000.0
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -95,11 +95,6 @@ class Llama(nn.Module):
         self.sin: Tensor
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        deep = (2 * shape.layers) ** -0.5
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                scale = deep if name.endswith(("attn_output.weight", "ffn_down.weight")) else 1.0
-                nn.init.normal_(weight, std=0.02 if "embd" in name else scale * weight.shape[1] ** -0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.token_embd(ids)

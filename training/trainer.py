@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .beginning import begin
 from .model import Llama, Shape
 
 IGNORE = -100
@@ -22,7 +23,7 @@ Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are learn
 class Plan:
     """How long and how fast to train; with the seed it fixes the result."""
 
-    steps: int = 2400
+    steps: int = 2800
     batch_tokens: int = 4096
     block_rate: float = 5e-3
     embedding_rate: float = 3e-3
@@ -90,6 +91,10 @@ def train(
     """Train from scratch; writes the weights to `checkpoint` every 250 steps and at the end."""
     torch.manual_seed(plan.seed)
     model = Llama(shape)
+    begin(model)
+    # The network is narrow: most of its time goes into moving activations between small operations. Compiled with
+    # one set of kernels for all lengths it is 1.8 times as fast.
+    compiled = torch.compile(model, dynamic=True)
     optimizers = _optimizers(model, plan)
     log(f"{sum(p.numel() for p in model.parameters())} parameters, {plan}")
     began, tokens, total = time.monotonic(), 0, 0.0
@@ -100,7 +105,7 @@ def train(
                 group["lr"] = group["peak"] * _share(step, plan)
         inputs, targets = next(stream)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = model(inputs)
+            hidden = compiled(inputs)
             learned = targets != IGNORE
             logits = model.logits(hidden[learned])
         loss = functional.cross_entropy(logits.float(), targets[learned])

@@ -40,6 +40,21 @@ def test_the_committed_evaluation_is_of_the_committed_sentences(recorded: dict[s
         assert all(wanted[miss["say"]] == miss["want"] for miss in part["misses"])
 
 
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        pytest.param(
+            "held_out",
+            0.95,
+            marks=pytest.mark.xfail(strict=True, reason="832 of 1,000, see docs/demo-model.md"),
+        ),
+        ("handwritten", 0.80),
+    ],
+)
+def test_the_committed_model_reaches_its_target(recorded: dict[str, Any], name: str, share: float) -> None:
+    assert recorded[name]["right"] >= share * recorded[name]["total"]
+
+
 def test_the_docs_quote_the_committed_figures(recorded: dict[str, Any]) -> None:
     text = (evaluate.MODEL.parent.parent / "docs" / "demo-model.md").read_text(encoding="utf-8")
     for name in ("held_out", "handwritten"):

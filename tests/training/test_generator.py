@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from itertools import islice
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training.evaluate import avoided, held_out
-from training.generator import INTENTS, Generator, normalise, templates
+from training.generator import INTENTS, Generator, normalise, spellings, templates
 from training.schema import SPANS, TOOLS, check_call, read_call, write_call
 from training.text import sections
 from training.words import Words, is_held_out
@@ -40,6 +42,44 @@ def test_no_listed_name_is_on_both_sides() -> None:
     assert trained and kept and not trained & kept
     assert not any(is_held_out(name) for name in trained)
     assert all(is_held_out(name) for name in kept)
+
+
+def test_no_held_out_wording_can_be_said_by_a_training_template() -> None:
+    trained = {
+        normalise(say.removeprefix("= "))
+        for intent in INTENTS
+        for template in templates(intent, False)
+        for say in spellings(template)
+        if "{" not in say
+    }
+    kept = {normalise(e.say) for e in islice(Generator(1, held_out=True), 5000)}
+    assert not kept & trained
+    assert {normalise(e.say) for e in islice(Generator(1), 5000)} & trained  # the control
+
+
+@pytest.mark.parametrize(("held_out", "least", "most"), [(True, 0.10, 0.15), (False, 0.22, 0.30)])
+def test_the_share_of_sentences_with_odd_words_is_the_documented_one(
+    monkeypatch: pytest.MonkeyPatch, held_out: bool, least: float, most: float
+) -> None:
+    drawn: list[str] = []
+    for name in ("invented", "salad"):
+        make = getattr(Words, name)
+
+        def draw(self: Words, *args: Any, make: Callable[..., str] = make) -> str:
+            drawn.append("odd")
+            return make(self, *args)
+
+        monkeypatch.setattr(Words, name, draw)
+    generator, odd = Generator(1, held_out=held_out), 0
+    for _ in range(4000):
+        drawn.clear()
+        next(generator)
+        odd += bool(drawn)
+    assert least <= odd / 4000 <= most
+
+
+def test_alternatives_inside_alternatives_are_all_spelled_out() -> None:
+    assert spellings("= (a|b (c|d)) e") == ["= a e", "= b c e", "= a e", "= b d e"]
 
 
 def test_the_generator_never_writes_a_sentence_it_is_to_avoid() -> None:
