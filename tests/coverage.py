@@ -60,7 +60,8 @@ and for embeddings {shown_embeddings}.
 Admitted, but not shown:
 
 """
-TAIL = """- models that rank texts (`pooling_type` rank), tensors of type NVFP4, and tokenizers other than byte-pair
+TAIL = """- LoRA adapters by themselves: merge one into its model first (`llama-export-lora`)
+- models that rank texts (`pooling_type` rank), tensors of type NVFP4, and tokenizers other than byte-pair
   (`gpt2`), SentencePiece (`llama`), `gemma4` and WordPiece (`bert`)
 """
 

@@ -137,7 +137,10 @@ def _check_general(header: GGUFHeader) -> str:
         raise ModelUnsupported(f"architecture {arch[:64]!r} cannot be served: {why}")
     kind = _scalar(header, "general.type", "model")
     if kind != "model":
-        raise ModelUnsupported(f"key 'general.type' says {kind!r}: only whole models can be served")
+        raise ModelUnsupported(
+            f"key 'general.type' says {kind!r}: only whole models can be served",
+            hint="merge it into its model first: llama-export-lora" if kind == "adapter" else "",
+        )
     parts = _scalar(header, "split.count", 1)
     if not isinstance(parts, int) or parts > 1:
         raise ModelUnsupported(
