@@ -205,11 +205,13 @@ def _make_sides(
     nothing = f"llama.cpp repacks nothing of {options.quant} on this processor"
 
     def plain(name: str, mode: str, *, cold: bool, repack: bool = False) -> None:
+        if name not in options.sides:
+            return
         if repack and not repacked_bytes:
             bench.skipped[name] = nothing
         elif mode == "mlock" and not machine.may_lock(model.weight_bytes):
             bench.skipped[name] = "this user may not lock that much memory (RLIMIT_MEMLOCK)"
-        elif name in options.sides:
+        else:
             bench.sides.append(PlainSide(name, model, settings, mode=mode, cold=cold, repack=repack))
 
     for mode in LOAD_MODES:
@@ -224,7 +226,7 @@ def _make_sides(
     if repacked_bytes:
         sealed += LAYOUT_SIDES
     else:
-        bench.skipped |= dict.fromkeys(LAYOUT_SIDES, nothing)
+        bench.skipped |= {name: nothing for name in LAYOUT_SIDES if name in options.sides}
     warm_up = _prompt(0, options.shape, options.prompt_tokens)
     for name in sealed:
         if name not in options.sides:
@@ -270,7 +272,7 @@ def _round(  # noqa: PLR0917
     busy = processor.busy_cores(BUSY_S)
     if busy > BUSY_CORES:
         say(f"other programs keep {busy:.1f} cores busy: these times are longer than this machine's")
-    read_rate = rates.read_bytes_per_s(model.gguf, depth=STORAGE_DEPTH)
+    read_rate = max(rates.read_bytes_per_s(model.gguf, depth=STORAGE_DEPTH) for _ in range(2))
     say(f"{title}, seed {seed}, storage reads {read_rate / 1e9:.2f} GB/s")
     short = _prompt(seed, options.shape, options.prompt_tokens)
     long = _prompt(seed, options.shape, options.long_prompt_tokens or 0)

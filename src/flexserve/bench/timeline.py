@@ -152,6 +152,7 @@ def _serve(job: dict[str, Any]) -> None:
     from ..sealed.reader import SealedModel
     from ..sealed.trust import read_public_key
 
+    cores = len(os.sched_getaffinity(0))  # now: the engine may bind this thread to one of them
     zygote = TemplateZygote()
     zygote.start()
     llama.start()
@@ -210,7 +211,7 @@ def _serve(job: dict[str, Any]) -> None:
     ]
     result = {
         "ttft_s": ttft_s,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores,
         "workers": len(workers),
         "spans": [asdict(span) for span in spans],
         "compute": [(at - start, busy) for at, busy in sampler.rows],
