@@ -98,11 +98,14 @@ class Request:
     ignore_eos: bool = False
     sampling: Sampling = field(default_factory=Sampling)
     embed: bool = False  # make one embedding of the prompt instead of an answer; not of messages
+    session: str | None = None  # the client's name of the conversation: its newest KV replaces the one before
 
     def __post_init__(self) -> None:
         _check(not (self.embed and self.messages is not None), "embed", "of a prompt or token ids")
         _check(1 <= len(self.id) <= 128, "id", "1 to 128 characters")
         _check(1 <= len(self.model) <= 128, "model", "1 to 128 characters")
+        named = self.session is None or (1 <= len(self.session) <= 128 and self.session.isprintable())
+        _check(named, "session", "1 to 128 printable characters")
         given = [x for x in (self.messages, self.prompt, self.token_ids) if x is not None]
         _check(len(given) == 1, "messages, prompt, token_ids", "given exactly once")
         if self.messages is not None:
@@ -144,6 +147,8 @@ class Timings:
     place_s: float = 0.0
     faults: int = 0  # times compute waited for a page
     fault_wait_s: float = 0.0
+    cached_prompt_tokens: int = 0  # of the prompt's, those whose KV was there already
+    restore_s: float = 0.0  # bringing that KV back: from memory, or read, authenticated and decrypted
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,9 @@ class ModelStatus:
     poisoned: bool  # a segment failed authentication: no request is answered any more
     requests: int  # answered so far
     last_used_s_ago: float | None
+    sessions: int = 0  # kept, in memory or saved
+    session_bytes: int = 0  # of memory that they take
+    saved_sessions: int = 0  # of them, those that are in storage
 
 
 @dataclass(frozen=True)

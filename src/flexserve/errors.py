@@ -197,6 +197,13 @@ class DeviceCopyRefused(NotAuthentic):
     default_hint = "make it again with `flexserve optimize`; until then the sealed model itself is used"
 
 
+class SessionRefused(NotAuthentic):
+    """A saved session is damaged, or was saved by another device or with another model or engine."""
+
+    code = "session_refused"
+    default_hint = "nothing is lost but time: its tokens are computed again"
+
+
 class NotLicensed(FlexServeError):
     """This device may not use this model."""
 

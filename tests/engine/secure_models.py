@@ -22,6 +22,7 @@ from flexserve.bench.shapes import ModelShape
 from flexserve.core import PAGE_SIZE, Finished, Request, Sampling, Token
 from flexserve.engine.llama import Context, ContextOptions, Model, Sampler
 from flexserve.engine.model import EngineOptions, SecureModel
+from flexserve.engine.sessions import SessionStore
 from flexserve.engine.template import TemplateZygote
 from flexserve.flexmem.arena import SegmentState
 from flexserve.flexmem.uffd import MADV_DONTNEED, advise
@@ -68,7 +69,7 @@ class Opener:
             write_model(shape, quant, path, seed)
         return path
 
-    def open(self, gguf: Path, **options: Any) -> Opened:
+    def open(self, gguf: Path, *, sessions: SessionStore | None = None, **options: Any) -> Opened:
         """Seal a GGUF and open it; no weight is resident."""
         flex = self._directory / f"{gguf.stem}-{next(self._names)}.flex"
         seal(gguf, flex, self._vendor)
@@ -81,6 +82,7 @@ class Opener:
             direct=descriptors[1],
             zygote=TemplateZygote(),  # not started: these tests render no template
             options=EngineOptions(**{"threads": THREADS, "context_tokens": CONTEXT_TOKENS, **options}),
+            sessions=sessions,
         )
         self._opened.append(opened := Opened(model, gguf, flex, descriptors))
         return opened
@@ -127,11 +129,15 @@ class Plain:
         self.model = Model.from_file(gguf, load_mode=load_mode, repack=repack)
         self._context = Context(self.model, ContextOptions(CONTEXT_TOKENS, threads))
 
-    def greedy(self, prompt: Sequence[int], count: int) -> Trace:
+    def greedy(self, prompt: Sequence[int], count: int, batches: Sequence[int] = ()) -> Trace:
+        """`batches`: how many of the prompt's first tokens are computed at once, each time; the rest as ever."""
         trace = Trace()
         sampler = Sampler(GREEDY, 0, self.model.vocab.size)
         self._context.clear()
         tokens = list(prompt)
+        for batch in batches:
+            assert self._context.decode(tokens[:batch])
+            del tokens[:batch]
         for _ in range(count):
             assert self._context.decode(tokens)
             trace.logits.append(self._context.logits().copy())

@@ -98,6 +98,12 @@ class ModelOption(click.ParamType[Any]):
     help="As root: who the gateway becomes when it is ready. Default: `flexserve` if there is such a user, else a "
     "number nobody has.",
 )
+@click.option(
+    "--session-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Save conversations' KV there, encrypted, so that they outlive a restart. Default: they are kept in memory.",
+)
 @no_copy_option
 @world_options
 @admin_socket_option
@@ -112,6 +118,7 @@ def command(
     allowed_hosts: tuple[str, ...],
     api_key_file: Path | None,
     user: str | None,
+    session_dir: Path | None,
     no_copy: bool,
     world_name: str,
     threads: int | None,
@@ -130,7 +137,8 @@ def command(
     sources = [model_source(*model, use_copy=not no_copy) for model in models]
     api_key = None if api_key_file is None else read_api_key(api_key_file)
     world = make_world(
-        world_name, WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file)
+        world_name,
+        WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file, session_dir),
     )
     leave_root = _two_users(world, user)
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import llama_cpp as api
 from ..core import Sampling
 from ..errors import EngineFailure, InvalidRequest, ModelUnsupported
 from ..flexmem import ggml, repack
+from ..sealed.session_file import Tokens
 from .spans import ControlToken, ControlTokens
 from .threads import BoundThreads, bind
 
@@ -69,6 +71,13 @@ class Model:
         self.handle = handle
         self.vocab = Vocabulary(api.llama_model_get_vocab(handle))
         self.context_tokens = int(api.llama_model_n_ctx_train(handle))
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether what it remembers cannot be shortened: a running state (Mamba and hybrids), or a sliding window,
+        whose older tokens llama.cpp overwrites once a state was restored."""
+        running = api.llama_model_is_recurrent(self.handle) or api.llama_model_is_hybrid(self.handle)
+        return bool(running or api.llama_model_n_swa(self.handle) > 0)
 
     @classmethod
     def from_skeleton(
@@ -236,12 +245,54 @@ class Context:
             )
         self._threads: BoundThreads | None = bind(self.handle, options.threads)
         self.context_tokens = int(api.llama_n_ctx(self.handle))
-        self.used = 0
+        self.tokens: list[int] = []  # that it remembers
+        self.batches: list[int] = []  # how many of them were computed at once, in order
+
+    @property
+    def used(self) -> int:
+        return len(self.tokens)
 
     def clear(self) -> None:
         """Forget every token, and zero their keys and values."""
         api.llama_memory_clear(api.llama_get_memory(self.handle), True)
-        self.used = 0
+        self.tokens.clear()
+        self.batches.clear()
+
+    def is_whole(self) -> bool:
+        """Whether llama.cpp remembers exactly `tokens`: after a cancelled decode it might not."""
+        last = api.llama_memory_seq_pos_max(api.llama_get_memory(self.handle), 0)
+        return 0 < self.used == int(last) + 1
+
+    def state_bytes(self) -> int:
+        """The size of what `get_state` writes."""
+        return int(api.llama_state_seq_get_size(self.handle, 0))
+
+    def get_state(self, address: int, size: int) -> bool:
+        """Copy the state to `address`, where there are `size` bytes (`state_bytes`). False when llama.cpp cannot."""
+        to = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
+        return int(api.llama_state_seq_get_data(self.handle, to, size, 0)) == size
+
+    def set_state(self, address: int, size: int, tokens: Tokens, count: int) -> bool:
+        """Become as after the first `count` of these tokens, where a batch ended; from bytes that `get_state` wrote
+        and nobody else did: llama.cpp believes them. False, and then it is as after `clear`, when they do not fit."""
+        self.clear()
+        memory = api.llama_get_memory(self.handle)
+        whole = tokens.ids.tolist()
+        if len(whole) > self.context_tokens:
+            return False
+        source = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8))
+        done = int(api.llama_state_seq_set_data(self.handle, source, size, 0)) == size
+        self.tokens = whole
+        if not (done and self.is_whole()):
+            self.clear()
+            return False
+        if count < len(whole) and not api.llama_memory_seq_rm(memory, 0, count, -1):
+            self.clear()
+            return False
+        self.tokens = whole[:count]
+        ends = list(accumulate(tokens.batches))
+        self.batches = list(tokens.batches[: ends.index(count) + 1])
+        return True
 
     def decode(self, tokens: Sequence[int]) -> bool:
         """Put tokens behind those already there, in batches of BATCH_TOKENS (for embeddings, all at once); logits are
@@ -257,7 +308,8 @@ class Context:
                 return False
             if status != 0:
                 raise EngineFailure(f"llama.cpp could not decode (status {status}): {_why()}")
-            self.used += len(part)
+            self.tokens += part
+            self.batches.append(len(part))
         return True
 
     def logits(self) -> Any:

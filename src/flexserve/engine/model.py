@@ -6,6 +6,7 @@ the first request brings them in, in execution order, while llama.cpp already co
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import secrets
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 from ..core import Finished, FinishReason, ModelInfo, ModelStatus, Request, Timings, Token
 from ..errors import ContextOverflow, InvalidRequest, ModelUnsupported
-from ..flexmem import ggml
+from ..flexmem import ggml, repack
 from ..flexmem.arena import Arena, SegmentState
 from ..flexmem.loader import WORKERS, Loader, SpanTrace
 from ..flexmem.source import SealedSource
@@ -24,14 +25,16 @@ from ..flexmem.uffd import Userfaultfd
 from ..sealed.format import RegionKind
 from ..sealed.layout import LEARNED_POSITIONS
 from ..sealed.reader import UnlockedModel
+from ..sealed.session_file import MadeBy
 from ..sealed.verify import check_inside
 from .cache import cache_bytes, pooled_bytes
 from .embedding import check_kind, makes_embeddings, most_tokens, packed
 from .layout import CopyFiles, would_gain
 from .layout import places as copy_places
-from .llama import Context, ContextOptions, Model, Sampler
+from .llama import BATCH_TOKENS, Context, ContextOptions, Model, Sampler
 from .needs import Needs, places_of
 from .prompt import prompt_tokens
+from .sessions import ModelSessions, SessionStore, Sums
 from .template import TemplateZygote
 from .text import StopStrings, Utf8Stream
 
@@ -64,9 +67,11 @@ class SecureModel:
         zygote: TemplateZygote,
         options: EngineOptions,
         copy: CopyFiles | None = None,
+        sessions: SessionStore | None = None,
     ) -> None:
         """`cached` and `direct` are descriptors of the sealed file (source.py); the caller closes them. With a
-        `copy`, weights come from there, in execution layout, and everything else from the sealed file.
+        `copy`, weights come from there, in execution layout, and everything else from the sealed file. Without
+        `sessions`, every prompt is computed from its first token.
 
         Raises `NotAuthentic` when META or its content is not what it should be, `ModelUnsupported`.
         """
@@ -153,6 +158,12 @@ class SecureModel:
             execution_layout=copy is not None,
             makes_embeddings=self._embeds,
         )
+        self._sessions: ModelSessions | None = None
+        if sessions is not None and not self._embeds:
+            made_by = _made_by(
+                unlocked.sealed.digest, self._context.context_tokens, options, copied=copy is not None
+            )
+            self._sessions = ModelSessions(sessions, made_by, whole_only=self._model.keeps_state)
         self.would_gain = copy is None and would_gain(header)
         self._kv_bytes = cache_bytes(header, self._context.context_tokens)
 
@@ -208,7 +219,10 @@ class SecureModel:
         try:
             self._start_loading(prompt)
             self._context.clear()
-            alive = self._decode(prompt, cancelled)
+            # While the loader's threads bring in weights.
+            kept, restore_s = self._sessions.resume(self._context, prompt) if self._sessions else (0, 0.0)
+            parts = self._sessions.parts(prompt, kept) if self._sessions else [prompt]
+            alive = all(self._decode(part, cancelled) for part in parts)
             prefilled = time.perf_counter()
             sampler.accept(prompt)
             loaded = self._loader.times().since(before)
@@ -218,11 +232,13 @@ class SecureModel:
                 if alive
                 else (FinishReason.CANCELLED, prefilled)
             )
+            ended = time.perf_counter()
+            if self._sessions:
+                self._sessions.keep(self._context, request.session or "")
         finally:
             sampler.close()
             self._context.clear()
             self._last_used = time.perf_counter()
-        ended = time.perf_counter()
         text, ids = output.finish()
         decode_s = ended - first
         return Finished(
@@ -238,8 +254,10 @@ class SecureModel:
                 total_s=ended - accepted_at,
                 prompt_tokens=len(prompt),
                 output_tokens=len(ids),
-                prefill_tokens_per_s=len(prompt) / (prefilled - tokenized),
+                prefill_tokens_per_s=(len(prompt) - kept) / (prefilled - tokenized),
                 decode_tokens_per_s=(len(ids) - 1) / decode_s if len(ids) > 1 else 0.0,
+                cached_prompt_tokens=kept,
+                restore_s=restore_s,
                 **asdict(loaded),
             ),
         )
@@ -363,6 +381,7 @@ class SecureModel:
 
     def status(self) -> ModelStatus:
         """What `flexserve ps` shows of this model."""
+        sums = self._sessions.sums() if self._sessions else Sums()
         return ModelStatus(
             info=self.info,
             resident_bytes=self.resident_bytes,
@@ -371,6 +390,9 @@ class SecureModel:
             poisoned=self.arena.poisoned is not None,
             requests=self._requests,
             last_used_s_ago=None if self._last_used is None else time.perf_counter() - self._last_used,
+            sessions=sums.sessions,
+            session_bytes=sums.memory_bytes,
+            saved_sessions=sums.saved,
         )
 
     def close(self) -> None:
@@ -412,6 +434,14 @@ class _Output:
 
 def _seed(request: Request) -> int:
     return secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed
+
+
+def _made_by(digest: bytes, context_tokens: int, options: EngineOptions, *, copied: bool) -> MadeBy:
+    """Everything that decides the bits of a token's KV, but for the tokens themselves."""
+    here = repack.this_engine()
+    cpu = hashlib.sha256(f"{here.cpu}\n{options.threads}".encode()).hexdigest()[:16]
+    layout = "execution" if copied else "sealed"
+    return MadeBy(digest, here.engine, f"ctx={context_tokens} batch={BATCH_TOKENS} {layout} {cpu}")
 
 
 def kv_limit_bytes() -> int:

@@ -208,6 +208,7 @@ def _body(request: Request) -> tuple[str, dict[str, Any]]:
     sampling = msgspec.to_builtins(request.sampling)
     body: dict[str, Any] = {"model": request.model, "stream": True, **sampling}
     body |= {"max_tokens": request.max_tokens, "stop": list(request.stop), "ignore_eos": request.ignore_eos}
+    body["session"] = request.session
     if request.messages is not None:
         return "/v1/chat/completions", body | {"messages": msgspec.to_builtins(request.messages)}
     prompt = request.prompt if request.prompt is not None else list(request.token_ids or ())

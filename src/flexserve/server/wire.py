@@ -83,6 +83,7 @@ class _Body(msgspec.Struct):
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
+    session: str | None = None
 
 
 class _ChatBody(_Body, kw_only=True):
@@ -184,6 +185,7 @@ def _wanted(data: _Body, *, chat: bool, **prompt: Any) -> Wanted:
         stop=stop,
         ignore_eos=bool(data.ignore_eos),
         sampling=Sampling(**given),
+        session=data.session,
         **prompt,
     )
     usage = data.stream_options is not None and bool(data.stream_options.include_usage)
@@ -253,12 +255,13 @@ class Shape:
         return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def _usage(finished: Finished) -> dict[str, int]:
+def _usage(finished: Finished) -> dict[str, Any]:
     t = finished.timings
     return {
         "prompt_tokens": t.prompt_tokens,
         "completion_tokens": t.output_tokens,
         "total_tokens": t.prompt_tokens + t.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": t.cached_prompt_tokens},
     }
 
 

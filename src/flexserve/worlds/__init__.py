@@ -23,6 +23,7 @@ class WorldOptions:
     threads: int | None = None
     context_tokens: int | None = None
     passphrase_file: Path | None = None
+    session_dir: Path | None = None  # None: conversations are not saved
 
 
 def make_world(name: str, options: WorldOptions) -> World:
@@ -38,6 +39,7 @@ def make_world(name: str, options: WorldOptions) -> World:
             threads=options.threads,
             context_tokens=options.context_tokens,
             passphrase_file=options.passphrase_file,
+            session_dir=options.session_dir,
         )
     if name == "fake":
         from ..engine.fake import FakeEngine, SystemClock

@@ -45,6 +45,9 @@ class Configure(_Message):
     context_tokens: int | None
     on_demand: bool
     hardened: bool
+    session_bytes: int | None = (
+        None  # of memory for sessions between their turns; None: the usual, 0: keep none
+    )
 
 
 class Register(_Message):
@@ -88,6 +91,18 @@ class Recall(_Message):
 
 class Status(_Message):
     """Report."""
+
+    call: int
+
+
+class OfferSession(_Message):
+    """Know of a saved session, if it is this device's. Descriptor: its file."""
+
+    call: int
+
+
+class SaveSession(_Message):
+    """Save the least recently used session that is not saved yet. Descriptor: an empty file."""
 
     call: int
 
@@ -179,8 +194,36 @@ class Reported(_Message):
     status: WorldStatus
 
 
-ToSecure = Configure | Register | Optimize | Generate | Cancel | Recall | Status
-ToNormal = Ready | Registered | Progressed | Optimized | Tokens | Ended | Failed | Recalled | Reported
+class SessionOffered(_Message):
+    """The answer to `OfferSession`: whether it is believed."""
+
+    call: int
+    believed: bool
+
+
+class SessionSaved(_Message):
+    """The answer to `SaveSession`: the file's id, None when there is nothing to save; and ids of files that are not
+    needed any more."""
+
+    call: int
+    id: bytes | None
+    gone: list[bytes]
+
+
+ToSecure = Configure | Register | Optimize | Generate | Cancel | Recall | Status | OfferSession | SaveSession
+ToNormal = (
+    Ready
+    | Registered
+    | Progressed
+    | Optimized
+    | Tokens
+    | Ended
+    | Failed
+    | Recalled
+    | Reported
+    | SessionOffered
+    | SessionSaved
+)
 
 
 def failed(error: FlexServeError, *, request: str | None = None, call: int | None = None) -> Failed:

@@ -25,8 +25,16 @@ from ...core import Finished, FinishReason, Request, Timings, Token, WorldStatus
 from ...engine import llama
 from ...engine.layout import CopyFiles, copy_info, make_copy
 from ...engine.model import EngineOptions, SecureModel
+from ...engine.sessions import DEFAULT_LIMIT_BYTES, SessionStore
 from ...engine.template import TemplateZygote
-from ...errors import DeviceCopyRefused, EngineFailure, FlexServeError, ModelNotFound, ModelUnsupported
+from ...errors import (
+    DeviceCopyRefused,
+    EngineFailure,
+    FlexServeError,
+    ModelNotFound,
+    ModelUnsupported,
+    SessionRefused,
+)
 from ...flexmem import repack
 from ...flexmem.uffd import UffdDeniedError, Userfaultfd
 from ...sealed.crypto import rest_ciphers
@@ -46,6 +54,7 @@ from .channel import (
     Failed,
     Generate,
     Measures,
+    OfferSession,
     Optimize,
     Optimized,
     Progressed,
@@ -55,6 +64,9 @@ from .channel import (
     Register,
     Registered,
     Reported,
+    SaveSession,
+    SessionOffered,
+    SessionSaved,
     Status,
     Tokens,
     ToSecure,
@@ -62,6 +74,7 @@ from .channel import (
 )
 
 PROGRESS_PERIOD_S = 0.1
+_Call = Register | Optimize | OfferSession | SaveSession
 
 
 class SecureWorld:
@@ -97,11 +110,13 @@ class SecureWorld:
             on_demand=self.flexmem == "userfaultfd",
             hide_from_dumps=configure.hardened,
         )
+        usual_bytes = DEFAULT_LIMIT_BYTES
+        self._sessions = SessionStore(
+            usual_bytes if configure.session_bytes is None else configure.session_bytes
+        )
         self._models: dict[str, SecureModel] = {}
         self._descriptors: dict[str, list[int]] = {}  # of the models' files
-        self._work: queue.SimpleQueue[tuple[Register | Optimize, list[int]] | tuple[Request, float]] = (
-            queue.SimpleQueue()
-        )
+        self._work: queue.SimpleQueue[tuple[_Call, list[int]] | tuple[Request, float]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._pending: set[str] = set()  # requests that wait or run
         self._cancelled: set[str] = set()
@@ -121,6 +136,8 @@ class SecureWorld:
                 self._work.put((message, descriptors))
             case Optimize():
                 self._work.put((message, self._channel.take_descriptors(2)))
+            case OfferSession() | SaveSession():
+                self._work.put((message, self._channel.take_descriptors(1)))
             case Generate(request):
                 with self._lock:
                     if request.id in self._pending:
@@ -141,12 +158,14 @@ class SecureWorld:
                 raise ChannelBroken("the secure world is configured once")
 
     def _recall(self, nbytes: int) -> int:
-        freed = 0
+        """Cheapest first: sessions that are saved already, weights, then sessions that will have to be computed again.
+        What a running answer computes on is none of these."""
+        freed = self._sessions.recall(nbytes, saved=True)
         with self._lock:
             models = sorted(self._models.values(), key=lambda m: m.last_used)  # least recently used first
         for model in models:
-            freed += model.recall(nbytes - freed)
-        return freed
+            freed += model.recall(max(nbytes - freed, 0))
+        return freed + self._sessions.recall(nbytes - freed, saved=False)
 
     def _status(self) -> WorldStatus:
         with self._lock:
@@ -169,7 +188,7 @@ class SecureWorld:
         while True:
             first, second = self._work.get()
             try:
-                if isinstance(first, Register | Optimize):
+                if isinstance(first, _Call):
                     assert isinstance(second, list)
                     self._call(first, second)
                 else:
@@ -181,14 +200,20 @@ class SecureWorld:
                 self._channel.shut()  # nobody would compute any more: let the normal world start another
                 raise
 
-    def _call(self, message: Register | Optimize, descriptors: list[int]) -> None:
-        answer: Registered | Optimized | Failed
-        what = "registering" if isinstance(message, Register) else "optimizing"
+    def _call(self, message: _Call, descriptors: list[int]) -> None:
+        answer: Registered | Optimized | SessionOffered | SessionSaved | Failed
+        what = {Register: "registering", Optimize: "optimizing"}.get(type(message), "saving sessions")
         try:
-            if isinstance(message, Register):
-                answer = self._register(message, descriptors)
-            else:
-                answer = self._optimize(message, descriptors)
+            match message:
+                case Register():
+                    answer = self._register(message, descriptors)
+                case Optimize():
+                    answer = self._optimize(message, descriptors)
+                case OfferSession(call):
+                    answer = SessionOffered(call, self._believed(descriptors.pop()))
+                case SaveSession(call):
+                    saved = self._sessions.save_one(self.device, descriptors.pop())
+                    answer = SessionSaved(call, saved, self._sessions.gone())
         except FlexServeError as error:
             _close(descriptors)
             answer = failed(error, call=message.call)
@@ -196,6 +221,13 @@ class SecureWorld:
             _close(descriptors)
             answer = failed(EngineFailure(f"{what} failed: {type(error).__name__}"), call=message.call)
         self._channel.send(answer)
+
+    def _believed(self, fd: int) -> bool:
+        try:
+            self._sessions.add_saved(self.device, fd)
+        except SessionRefused:
+            return False
+        return True
 
     def _open(self, fd: int, licence: bytes, state: bytes | None) -> tuple[SealedModel, Licensed]:
         sealed = SealedModel.open(fd, self._trusted)
@@ -236,6 +268,7 @@ class SecureWorld:
                 zygote=self._zygote,
                 options=self._options,
                 copy=copy,
+                sessions=self._sessions,
             )
 
         why = ""

@@ -46,11 +46,14 @@ from .channel import (
     Register,
     Registered,
     Reported,
+    SessionOffered,
+    SessionSaved,
     Status,
     Tokens,
 )
 from .generation import LinuxGeneration
 from .process import SecureProcess
+from .session_storage import SessionKeeper
 from .starter import Starter
 from .storage import Storage, given_away
 from .users import become
@@ -91,8 +94,11 @@ class LinuxWorld:
         context_tokens: int | None = None,
         on_demand: bool = True,
         hardened: bool = True,
+        session_dir: Path | None = None,
+        session_bytes: int | None = None,
     ) -> None:
-        """`device_key`: a path, or `credential:NAME`. `vendor_pub` replaces the trust store.
+        """`device_key`: a path, or `credential:NAME`. `vendor_pub` replaces the trust store. `session_dir`: where
+        conversations are saved, encrypted; None: nowhere. `session_bytes`: of memory for them; 0: keep none.
 
         `on_demand` off: no userfaultfd, models load fully before they compute. `hardened` off is for the
         tests that show what hardening is worth.
@@ -108,6 +114,7 @@ class LinuxWorld:
             context_tokens=context_tokens,
             on_demand=on_demand,
             hardened=hardened,
+            session_bytes=session_bytes,
         )
         self._lock = threading.Condition()
         self._registering = threading.Lock()
@@ -128,6 +135,7 @@ class LinuxWorld:
         self._storage = Storage()
         self._state_directory: Path | None = None  # None: where this user keeps it
         self._starter: Starter | None = None
+        self._keeper = None if session_dir is None else SessionKeeper(session_dir, self._call)
 
     # Two users: for a server that is started as root
 
@@ -145,6 +153,8 @@ class LinuxWorld:
             for source in self._sources.values():
                 self._storage.keep(source)
             self._state_directory = given_away(self._state_path(), uid, gid)
+            if self._keeper is not None:
+                self._keeper.storage.give_away(uid, gid)
             become(uid, gid)
 
     def _state_path(self) -> Path:
@@ -161,6 +171,9 @@ class LinuxWorld:
         self._serving = True
         self._thread = threading.Thread(target=self._supervise, name="supervise", daemon=True)
         self._thread.start()
+        if self._keeper is not None:
+            self._keeper.offer(self._process)
+            self._keeper.start()
 
     def register(self, source: ModelSource) -> ModelInfo:
         while True:
@@ -206,7 +219,16 @@ class LinuxWorld:
         status = self._call(Reported, Status).status
         return dataclasses.replace(status, restarts=self._restarts)
 
+    def save_sessions(self) -> int:
+        """Have all sessions saved that are not, where there is a place for them; how many were.
+
+        Raises `StorageFailure`, `WorldCrashed`.
+        """
+        return 0 if self._keeper is None else self._keeper.save()
+
     def close(self) -> None:
+        if self._keeper is not None and self._serving:
+            self._keeper.finish()
         with self._lock:
             self._closing = True
             process = self._process
@@ -218,6 +240,8 @@ class LinuxWorld:
         if self._starter is not None:
             self._starter.close()
         self._storage.close()
+        if self._keeper is not None:
+            self._keeper.storage.close()
 
     @property
     def pid(self) -> int | None:
@@ -414,6 +438,9 @@ class LinuxWorld:
     def _register_again(self, process: SecureProcess) -> None:
         """Give the models to a fresh process; requests that arrive meanwhile wait in `_running`."""
         with self._registering:
+            if self._keeper is not None:
+                with contextlib.suppress(FlexServeError):
+                    self._keeper.offer(process)
             for name, source in list(self._sources.items()):
                 if name in self._refused:
                     continue
@@ -453,11 +480,21 @@ class LinuxWorld:
             case Ended(request_id, finished):
                 self._restarts_in_a_row = 0
                 self._push(request_id, finished)
+                if self._keeper is not None:
+                    self._keeper.answered()
             case Failed(id=str(request_id)):
                 self._push(request_id, message.error())
             case Failed(call=int(call)):
                 self._reply(call, message.error())
-            case Registered() | Progressed() | Optimized() | Recalled() | Reported():
+            case (
+                Registered()
+                | Progressed()
+                | Optimized()
+                | Recalled()
+                | Reported()
+                | SessionOffered()
+                | SessionSaved()
+            ):
                 self._reply(message.call, message)
             case _:
                 raise ChannelBroken("the secure world sent a message out of turn")
