@@ -191,7 +191,7 @@ class ModelMalformed(NotAuthentic):
 
 
 class DeviceCopyRefused(NotAuthentic):
-    """A device's own copy of a model is damaged, or was made for another device, model, licence, engine or processor."""
+    """A device's own copy of a model is damaged, or made for another device, model, licence, engine or processor."""
 
     code = "device_copy_refused"
     default_hint = "make it again with `flexserve optimize`; until then the sealed model itself is used"

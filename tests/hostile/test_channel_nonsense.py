@@ -23,7 +23,7 @@ from flexserve.worlds.linux import LinuxWorld
 from flexserve.worlds.linux import channel as messages
 from flexserve.worlds.linux import world as world_module
 from flexserve.worlds.linux.channel import Channel, Failed, ToNormal, ToSecure
-from flexserve.worlds.linux.world import SecureProcess
+from flexserve.worlds.linux.process import SecureProcess
 
 from ..sealed_fixtures import TINY
 from ..world_fixtures import Device, linux_world, make_device
