@@ -202,8 +202,10 @@ static bool preempt_storm(struct outcome *out, bool twin) {
     timer(0);
     out->value = stops;
     out->seen = leaks ? "the canary in a vector register" : stops == 0 ? "no interrupt came" : "interrupts, no secret";
-    if (status != ABI_OK || r[1] != expected)
-        out->seen = "a wrong result";
+    if (status != ABI_OK || r[1] != expected) {
+        out->seen = status != ABI_OK ? "a wrong status" : "a wrong sum";
+        out->value = status != ABI_OK ? (u64)status : r[1];
+    }
     return leaks || stops == 0 || status != ABI_OK || r[1] != expected;
 }
 
