@@ -28,9 +28,9 @@ from ..flexmem.uffd import libc
 
 SPARE_BYTES = 1 << 30  # left for everybody else on the machine
 BLOCK_BYTES = 256 << 20
-PROBE_BYTES = 16 * uffd.HUGE_PAGE
+PROBE_BYTES = 32 * uffd.HUGE_PAGE
 SETTLE_S = 2.5  # longer than the 2 s after which reporting begins
-QUIET_BYTES = 32 << 20  # reported in QUIET_S: only what others free now and then
+QUIET_BYTES = 8 << 20  # reported in QUIET_S: less than the probe takes, so that it meets reported memory
 QUIET_S = 5.0
 IDLE_S = 45.0  # longest wait, and the only one where the kernel does not count what it reports
 MADV_NOHUGEPAGE = 15
