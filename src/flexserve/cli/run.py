@@ -69,6 +69,7 @@ class _Settings:
     system: str | None
     raw: bool
     verbose: bool
+    session: str | None = None
 
 
 @click.command("run")
@@ -119,6 +120,11 @@ class _Settings:
 )
 @click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable. Default: a fresh one.")
 @click.option("--max-tokens", type=int, metavar="N", help="Default: as many as fit the context.")
+@click.option(
+    "--session",
+    metavar="NAME",
+    help="With a server: the conversation this belongs to, of which it keeps only the newest state.",
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text. Repeatable.")
 @click.option(
     "--copy",
@@ -151,6 +157,7 @@ def command(
     repeat_penalty: float,
     seed: int | None,
     max_tokens: int | None,
+    session: str | None,
     stop: tuple[str, ...],
     copy: Path | None,
     no_copy: bool,
@@ -171,7 +178,7 @@ def command(
     if raw and system is not None:
         raise Usage("--raw has no place for a system message", hint="leave out --raw or --system")
     sampling = Sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
-    settings = _Settings(max_tokens, stop, sampling, system, raw, verbose)
+    settings = _Settings(max_tokens, stop, sampling, system, raw, verbose, session)
     text = prompt_text(prompt)
     if text is None and (as_json or raw):
         raise Usage(f"{'--json' if as_json else '--raw'} needs a prompt", hint="give one, or pipe it in")
@@ -267,6 +274,7 @@ def _request(settings: _Settings, model: str, prompt: tuple[Message, ...] | str)
         max_tokens=settings.max_tokens,
         stop=settings.stop,
         sampling=settings.sampling,
+        session=settings.session,
     )
 
 
