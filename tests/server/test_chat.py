@@ -37,9 +37,23 @@ def test_a_whole_answer_has_openais_fields_and_our_timings(chat: Post) -> None:
     assert choice["message"] == {"role": "assistant", "content": GREETING, "refusal": None}
     assert choice["finish_reason"] == "stop"
     size = len(GREETING.encode())
-    assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": size, "total_tokens": 7 + size}
+    assert body["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": size,
+        "total_tokens": 7 + size,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert bytes(body["flexserve"]["token_ids"]).decode() == GREETING
     assert body["flexserve"]["timings"]["output_tokens"] == size
+
+
+@pytest.mark.parametrize("name", ["", "x" * 129, "a\nb", 7])
+def test_a_session_is_a_short_name(chat: Post, name: object) -> None:
+    assert chat(session="my talk").status_code == 200
+    refused = chat(session=name)
+    assert refused.status_code == 400
+    assert code(refused) == "invalid_request"
+    assert "session" in refused.json()["error"]["message"]
 
 
 def test_a_stream_begins_with_the_role_and_ends_with_done(chat: Post) -> None:
