@@ -143,6 +143,7 @@ def status_text(status: WorldStatus) -> str:
             f"{human_bytes(m.resident_bytes)} ({100 * m.resident_bytes // max(m.info.weight_bytes, 1)} %)",
             human_bytes(m.lazy_bytes),
             human_bytes(m.kv_bytes),
+            f"{m.sessions} ({human_bytes(m.session_bytes)})",
             f"{m.requests}",
             "never" if m.last_used_s_ago is None else f"{duration(m.last_used_s_ago)} ago",
             "NOT AUTHENTIC" if m.poisoned else "ok",
@@ -150,8 +151,8 @@ def status_text(status: WorldStatus) -> str:
         for m in status.models
     ]
     if rows:
-        head = ("MODEL", "WEIGHTS", "RESIDENT", "LAZY", "KV", "REQUESTS", "LAST USED", "STATE")
-        right = frozenset({"WEIGHTS", "RESIDENT", "LAZY", "KV", "REQUESTS"})
+        head = ("MODEL", "WEIGHTS", "RESIDENT", "LAZY", "KV", "SESSIONS", "REQUESTS", "LAST USED", "STATE")
+        right = frozenset({"WEIGHTS", "RESIDENT", "LAZY", "KV", "SESSIONS", "REQUESTS"})
         lines += ["", table(head, rows, right=right)]
     return "\n".join(lines)
 
