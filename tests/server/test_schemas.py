@@ -21,7 +21,8 @@ OURS = ["run", "embed", "embeddings", "list", "ps", "health", "models", "error",
 UNITS = ("_s", "_s_ago", "_bytes", "_tokens", "_tokens_per_s")
 UNITLESS = {
     # Counts, names of OpenAI's, and versions: the key says what is counted.
-    "sessions saved_sessions requests active_requests waiting_requests restarts faults parameters pid model_version created index"
+    "requests active_requests waiting_requests restarts faults parameters pid model_version created index",
+    "sessions saved_sessions",
 }
 
 
