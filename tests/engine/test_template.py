@@ -5,6 +5,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from flexserve.engine import template_env
 from flexserve.engine.marked import Marked, concat, literal, ranges
 from flexserve.engine.spans import ControlToken, ControlTokens, Span, spans_of
 from flexserve.engine.template import TemplateZygote
+from flexserve.engine.template_process import Confine, nursery
 from flexserve.errors import EngineFailure, TemplateFailure
 
 from ..attacker import children
@@ -425,6 +427,22 @@ def test_a_killed_nursery_is_a_clear_error_and_not_a_hang() -> None:
                 started.render(CHATML, [Message("user", "x")], bos="", eos="")
     with pytest.raises(EngineFailure, match="not running"):
         started.render(CHATML, [Message("user", "x")], bos="", eos="")
+
+
+def test_a_nursery_without_a_client_makes_no_zygotes_for_ever() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+
+    def dies_slowly() -> None:
+        threading.Event().wait(0.3)  # too slow for the limit of deaths in a second
+        os._exit(1)
+
+    pid = os.fork()
+    if pid == 0:
+        nursery(theirs, Confine(zygote=dies_slowly))
+    theirs.close()
+    wait_for(os.pidfd_open(pid))
+    os.waitpid(pid, 0)
 
 
 def test_the_zygote_ends_with_its_client() -> None:

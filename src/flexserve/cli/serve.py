@@ -183,12 +183,11 @@ def _two_users(world: World, name: str | None) -> Callable[[], None]:
         return lambda: None
     account = gateway_account(name)
     closed = closed_to(installed(), account.uid)
-    if closed is not None or not isinstance(world, LinuxWorld):
-        if closed is not None:
-            warn(
-                f"the gateway stays root: {closed} is closed to user {account.name}, who could not run FlexServe"
-            )
+    if not isinstance(world, LinuxWorld):
         return lambda: None
+    if closed is not None:
+        why = f"{closed} is closed to user {account.name}, who could not run FlexServe"
+        return lambda: warn(f"the gateway stays root: {why}")
     world.start_through_another()
 
     def leave() -> None:

@@ -4,11 +4,13 @@ template. Knows limits and Jinja; what else confines a process is given by who s
 from __future__ import annotations
 
 import codecs
+import contextlib
 import ctypes
 import gc
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -68,7 +70,8 @@ def nursery(control: socket.socket, confine: Confine) -> NoReturn:
         _warm_up(environment)
         confine.nursery()
     except Exception as error:
-        control.send(str(error).encode()[:200])
+        with contextlib.suppress(OSError):  # its client went away
+            control.send(str(error).encode()[:200])
         os._exit(2)
     gc.freeze()  # children then do not copy the pages of our objects
     deaths: list[float] = []
@@ -82,8 +85,15 @@ def nursery(control: socket.socket, confine: Confine) -> NoReturn:
         _, status = os.waitpid(pid, 0)
         deaths = [*deaths[-MAX_DEATHS:], time.monotonic()]
         ended = os.WIFEXITED(status) and os.WEXITSTATUS(status) in (0, 2)
-        if ended or (len(deaths) > MAX_DEATHS and deaths[-1] - deaths[0] < 1.0):
+        broken = len(deaths) > MAX_DEATHS and deaths[-1] - deaths[0] < 1.0
+        if ended or broken or _hung_up(control):
             os._exit(0)
+
+
+def _hung_up(control: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(control, 0)
+    return bool(poll.poll(0))
 
 
 def _zygote(
@@ -97,7 +107,8 @@ def _zygote(
         if is_first:
             control.send(b"ready")
     except Exception as error:
-        control.send(str(error).encode()[:200])
+        with contextlib.suppress(OSError):  # its client went away
+            control.send(str(error).encode()[:200])
         os._exit(2)
 
     def limited() -> None:
