@@ -142,10 +142,12 @@ def test_a_stop_string_that_is_begun_but_not_completed_is_text(demo: Opened) -> 
 def test_the_end_token_ends_an_answer_unless_it_is_ignored(demo: Opened) -> None:
     assert demo.model._model
     vocab = demo.model._model.vocab
-    ends = answer(demo.model, request(prompt=PROMPT, max_tokens=400, ignore_eos=False))
+    turn = f"<|user|>{PROMPT}<|end|><|assistant|>"  # what the model was trained on
+    prompt = tuple(vocab.tokenize(turn, add_special=False, parse_special=True))
+    ends = answer(demo.model, request(token_ids=prompt, max_tokens=400, ignore_eos=False))
     assert ends.finish_reason == FinishReason.STOP
     assert not any(vocab.is_end(t) for t in ends.token_ids)
-    on = answer(demo.model, request(prompt=PROMPT, max_tokens=len(ends.token_ids) + 5))
+    on = answer(demo.model, request(token_ids=prompt, max_tokens=len(ends.token_ids) + 5))
     assert len(on.token_ids) == len(ends.token_ids) + 5
     assert vocab.is_end(on.token_ids[len(ends.token_ids)])
 
