@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from flexserve.bench.generate import write_model
 from flexserve.cli.main import cli
+from flexserve.worlds.linux import hardening
 
 from ..sealed_fixtures import TINY
 
@@ -43,6 +44,15 @@ class Shell:
         assert result.exit_code == code, result.output
         assert result.stderr.startswith("error: ") or "\nerror: " in result.stderr
         return result.stderr
+
+
+@pytest.fixture(autouse=True)
+def _keep_privileges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve` gives privileges up for good, and here it would be the tests that lose them.
+
+    That it does is tested on processes of its own (tests/worlds/test_hardening.py, test_two_users.py).
+    """
+    monkeypatch.setattr(hardening, "harden_gateway", lambda: None)
 
 
 @pytest.fixture
