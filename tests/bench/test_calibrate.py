@@ -26,8 +26,8 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_calibration_measures_every_part_and_keeps_its_schema(tmp_path: Path, little: None) -> None:
     result = calibrate.calibrate(tmp_path / "bench", lambda _text: None)
     jsonschema.validate(result, json.loads(SCHEMA.read_text()))
-    numbers = [v for v in result.values() if isinstance(v, float)]
-    assert min(numbers) > 0
+    assert result.pop("other_busy_cores") >= 0  # none on a quiet machine
+    assert min(v for v in result.values() if isinstance(v, float)) > 0
     example = result["example"]
     assert example["lower_bound_s"] == max(example[f"{part}_s"] for part in ("io", "cpu", "compute"))
 
