@@ -19,7 +19,7 @@ import pytest
 from flexserve.core import Finished, FinishReason, ModelInfo, Request, Timings, WorldStatus
 from flexserve.errors import FlexServeError
 from flexserve.worlds.base import ModelSource
-from flexserve.worlds.linux import LinuxWorld
+from flexserve.worlds.linux import LinuxWorld, calls
 from flexserve.worlds.linux import channel as messages
 from flexserve.worlds.linux import world as world_module
 from flexserve.worlds.linux.channel import Channel, Failed, ToNormal, ToSecure
@@ -311,6 +311,7 @@ WRONG: dict[str, Behaviour] = {
 def world(device: Device, monkeypatch: pytest.MonkeyPatch) -> Iterator[LinuxWorld]:
     monkeypatch.setattr(world_module, "SecureProcess", Impostor)
     monkeypatch.setattr(world_module, "CALL_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr(calls, "CALL_TIMEOUT_S", PATIENCE_S)
     made = LinuxWorld(str(device.key_path))
     yield made
     made.close()

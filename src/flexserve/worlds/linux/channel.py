@@ -211,19 +211,8 @@ class SessionSaved(_Message):
 
 
 ToSecure = Configure | Register | Optimize | Generate | Cancel | Recall | Status | OfferSession | SaveSession
-ToNormal = (
-    Ready
-    | Registered
-    | Progressed
-    | Optimized
-    | Tokens
-    | Ended
-    | Failed
-    | Recalled
-    | Reported
-    | SessionOffered
-    | SessionSaved
-)
+CallAnswer = Registered | Progressed | Optimized | Recalled | Reported | SessionOffered | SessionSaved
+ToNormal = Ready | Tokens | Ended | Failed | CallAnswer
 
 
 def failed(error: FlexServeError, *, request: str | None = None, call: int | None = None) -> Failed:

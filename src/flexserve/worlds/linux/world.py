@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
-import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...core import DeviceCopyInfo, Event, Finished, ModelInfo, Request, Token, WorldStatus
+from ...core import Budget, DeviceCopyInfo, Event, Finished, ModelInfo, Request, Token, WorldStatus
 from ...errors import (
     Busy,
     EngineFailure,
@@ -29,8 +27,10 @@ from ...errors import (
 from ...sealed import statefile
 from ...sealed.files import replacing
 from ...sealed.trust import default_trust_dir
-from ..base import ModelSource
+from ..base import RECALL_DEADLINE_S, ModelSource
+from .calls import CALL_TIMEOUT_S, Calls
 from .channel import (
+    CallAnswer,
     Cancel,
     ChannelBroken,
     Configure,
@@ -39,30 +39,28 @@ from .channel import (
     Generate,
     Optimize,
     Optimized,
-    Progressed,
     Ready,
     Recall,
     Recalled,
     Register,
     Registered,
     Reported,
-    SessionOffered,
-    SessionSaved,
     Status,
     Tokens,
 )
 from .generation import LinuxGeneration
 from .process import SecureProcess
+from .recalling import LinuxRecalling
 from .session_storage import SessionKeeper
 from .starter import Starter
 from .storage import Storage, given_away
 from .users import become
 
 _Answer = TypeVar("_Answer")
+_Licensed = TypeVar("_Licensed", Registered, Optimized)
 
 MAX_IN_FLIGHT = 64
 START_TIMEOUT_S = 120.0  # the passphrase of a key may have to be typed
-CALL_TIMEOUT_S = 300.0
 RESTARTS_IN_A_ROW = 3  # without one answer in between
 
 
@@ -125,8 +123,7 @@ class LinuxWorld:
         self._refused: dict[str, FlexServeError] = {}  # registered once, but not after a restart
         self._suspects: set[str] = set()  # the process ended while it loaded them again
         self._answers: dict[str, LinuxGeneration] = {}
-        self._calls: dict[int, queue.SimpleQueue[Any]] = {}
-        self._numbers = itertools.count(1)
+        self._calls = Calls()
         self._restarts = 0
         self._restarts_in_a_row = 0
         self._serving = False  # the process runs and has its models
@@ -212,8 +209,23 @@ class LinuxWorld:
             raise
         return generation
 
-    def recall(self, nbytes: int) -> int:
-        return self._call(Recalled, lambda call: Recall(call, nbytes)).nbytes
+    def recall(self, nbytes: int, *, deadline_s: float = RECALL_DEADLINE_S) -> LinuxRecalling:
+        recalling = LinuxRecalling(nbytes)
+        freed = self._call(Recalled, lambda call: Recall(call, nbytes)).nbytes
+        recalling.answer(freed, 0)
+        recalling.finish(freed)
+        return recalling
+
+    def offer(self, nbytes: int) -> None:
+        raise EngineFailure("the linux world takes no offers yet")
+
+    def budget(
+        self, soft_bytes: int | None = None, hard_bytes: int | None = None, floor_bytes: int | None = None
+    ) -> Budget:
+        raise EngineFailure("the linux world has no budget yet")
+
+    def trace(self, after: int = 0) -> list[str]:
+        raise EngineFailure("the linux world has no trace yet")
 
     def status(self) -> WorldStatus:
         status = self._call(Reported, Status).status
@@ -277,23 +289,23 @@ class LinuxWorld:
             process = process or self._running()
             if process is not self._process:
                 raise WorldCrashed("the secure world has ended")
-            number = next(self._numbers)
-            inbox = self._calls[number] = queue.SimpleQueue()
-        try:
+            number = self._calls.open()
+
+        def send() -> None:
             with contextlib.suppress(OSError):  # the process died: the supervisor answers
                 process.channel.send(make(number), descriptors)
-            while isinstance(answer := inbox.get(timeout=CALL_TIMEOUT_S), Progressed):
-                if progress is not None:
-                    progress(answer.done, answer.total)
-        except queue.Empty:
-            raise EngineFailure("the secure world does not answer") from None
-        finally:
-            with self._lock:
-                self._calls.pop(number, None)
-        if isinstance(answer, FlexServeError):
-            raise answer
-        if not isinstance(answer, kind):
-            raise ChannelBroken(f"the secure world sent {type(answer).__name__} instead of {kind.__name__}")
+
+        return self._calls.wait(number, kind, send, progress)
+
+    def _with_licence(
+        self, source: ModelSource, ask: Callable[[bytes, bytes | None], _Licensed]
+    ) -> _Licensed:
+        """What `ask` answers to the licence and the device's state; the answer brings the next state."""
+        licence = self._storage.read_licence(source.licence)
+        path = self._state_path()
+        with statefile.locked(path):
+            answer = ask(licence, statefile.load(path))
+            statefile.store(path, answer.state)
         return answer
 
     def optimize(
@@ -307,17 +319,15 @@ class LinuxWorld:
         with replacing(out) as target:
             descriptors = self._storage.open_sealed(source.sealed)
             try:
-                licence = self._storage.read_licence(source.licence)
-                path = self._state_path()
-                with statefile.locked(path):
-                    state = statefile.load(path)
-                    answer = self._call(
+                answer = self._with_licence(
+                    source,
+                    lambda licence, state: self._call(
                         Optimized,
                         lambda call: Optimize(call, licence, state),
                         (descriptors[0], target),
                         progress=progress,
-                    )
-                    statefile.store(path, answer.state)
+                    ),
+                )
             finally:
                 for fd in descriptors:
                     os.close(fd)
@@ -328,11 +338,9 @@ class LinuxWorld:
         descriptors = self._storage.open_sealed(source.sealed)
         copies = self._storage.open_copy(source)
         try:
-            licence = self._storage.read_licence(source.licence)
-            path = self._state_path()
-            with statefile.locked(path):
-                state = statefile.load(path)
-                answer = self._call(
+            answer = self._with_licence(
+                source,
+                lambda licence, state: self._call(
                     Registered,
                     lambda call: Register(
                         *(call, source.name, licence, state, len(descriptors)),
@@ -340,8 +348,8 @@ class LinuxWorld:
                     ),
                     (*descriptors, *(copies or ())),
                     process,
-                )
-                statefile.store(path, answer.state)
+                ),
+            )
         except _EndedDuringCall as error:
             if self._closing:
                 raise
@@ -467,11 +475,9 @@ class LinuxWorld:
     def _end_all(self, error: FlexServeError) -> None:
         with self._lock:
             answers, self._answers = list(self._answers.values()), {}
-            calls, self._calls = list(self._calls.values()), {}
         for answer in answers:
             answer.push(error)
-        for call in calls:
-            call.put(error)
+        self._calls.end_all(error)
 
     def _handle(self, message: Any) -> None:
         match message:
@@ -485,17 +491,9 @@ class LinuxWorld:
             case Failed(id=str(request_id)):
                 self._push(request_id, message.error())
             case Failed(call=int(call)):
-                self._reply(call, message.error())
-            case (
-                Registered()
-                | Progressed()
-                | Optimized()
-                | Recalled()
-                | Reported()
-                | SessionOffered()
-                | SessionSaved()
-            ):
-                self._reply(message.call, message)
+                self._calls.reply(call, message.error())
+            case _ if isinstance(message, CallAnswer):
+                self._calls.reply(message.call, message)
             case _:
                 raise ChannelBroken("the secure world sent a message out of turn")
 
@@ -506,9 +504,3 @@ class LinuxWorld:
                 self._answers.pop(request_id, None)
         if answer is not None:
             answer.push(item)
-
-    def _reply(self, call: int, answer: Any) -> None:
-        with self._lock:
-            inbox = self._calls.get(call)
-        if inbox is not None:
-            inbox.put(answer)
