@@ -149,6 +149,10 @@ class Timings:
     fault_wait_s: float = 0.0
     cached_prompt_tokens: int = 0  # of the prompt's, those whose KV was there already
     restore_s: float = 0.0  # bringing that KV back: from memory, or read, authenticated and decrypted
+    streamed_bytes: int = (
+        0  # the model did not fit the budget: what had to pass through memory for every token
+    )
+    suspended_s: float = 0.0  # stopped between two tokens, its KV saved, for want of memory
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,24 @@ class ModelStatus:
     sessions: int = 0  # kept, in memory or saved
     session_bytes: int = 0  # of memory that they take
     saved_sessions: int = 0  # of them, those that are in storage
+    prefix_bytes: int = 0  # resident without a gap, from the first segment in execution order
+    budget_bytes: int = 0  # this model's share of the budget in the best distribution
+    streamed_bytes: int = (
+        0  # of a model that does not fit the budget: what passes through memory for every token
+    )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a secure world may hold, in bytes: weights that are in memory or on their way, and keys and values.
+
+    Recalls lower the soft budget and offers raise it; it stays between the floor and the hard cap.
+    """
+
+    soft_bytes: int
+    hard_bytes: int
+    floor_bytes: int
+    held_bytes: int  # right now
 
 
 @dataclass(frozen=True)
@@ -239,3 +261,4 @@ class WorldStatus:
     restarts: int
     flexmem: str  # "userfaultfd", or "none: <reason>" when loading fully before computing
     models: tuple[ModelStatus, ...] = ()
+    budget: Budget | None = None  # None: the world has none

@@ -278,15 +278,20 @@ def test_cancelling_from_another_thread_wakes_the_reader(ready: Subject) -> None
 def test_a_recall_gives_bytes_back_and_status_agrees(ready: Subject) -> None:
     finish(ask(ready))
     before = ready.world.status().models[0].resident_bytes
-    given = ready.world.recall(before)
-    assert given > 0
-    assert ready.world.status().models[0].resident_bytes <= before - given
-    assert ready.world.recall(0) == 0
+    recalling = ready.world.recall(before)
+    assert 0 <= recalling.later_bytes <= recalling.chosen_bytes <= recalling.asked_bytes == before
+    done = recalling.wait(60)
+    assert 0 < done.freed_bytes <= recalling.chosen_bytes
+    assert recalling.answered_s >= 0
+    assert 0 <= done.first_byte_s <= done.done_s
+    assert recalling.wait(0) == done
+    assert ready.world.status().models[0].resident_bytes <= before - done.freed_bytes
+    assert ready.world.recall(0).wait(60).freed_bytes == 0
 
 
 def test_a_recall_between_answers_never_changes_an_answer(ready: Subject) -> None:
     undisturbed = finish(ask(ready)).token_ids
-    ready.world.recall(1 << 40)
+    ready.world.recall(1 << 40).wait(60)
     assert finish(ask(ready)).token_ids == undisturbed
 
 
@@ -301,7 +306,7 @@ def test_a_recall_during_an_answer_never_changes_it(ready: Subject) -> None:
             break
         tokens.append(event)
         if len(tokens) % 10 == 1:
-            ready.world.recall(1 << 40)
+            ready.world.recall(1 << 40).wait(60)
     else:
         raise AssertionError("no end")
 

@@ -330,7 +330,7 @@ def test_callers_get_a_clear_error_from_a_secure_world_that_talks_nonsense(
     monkeypatch.setattr(Impostor, "behave", staticmethod({**IMPOSTORS, **WRONG}[what]))
     world.start()
     world._sources["m"] = source  # as if it had been registered before
-    calls: list[Callable[[], Any]] = [world.status, lambda: world.recall(1), lambda: world.register(source)]
+    calls: list[Callable[[], Any]] = [world.status, lambda: world.recall(1).wait(), lambda: world.register(source)]
     if what in IMPOSTORS:
         calls.insert(0, lambda: list(world.generate(Request(id="r", model="m", prompt="x"))))
     ends: list[Any] = []

@@ -118,7 +118,7 @@ def test_a_cold_answer_loads_the_weights_and_a_recall_makes_it_cold_again(tmp_pa
     world.start()
     world.register(write_fake_model(tmp_path, "m", weight_bytes=1000))
     loads = [finished(list(world.generate(ask()))).timings.load_bytes for _ in range(2)]
-    assert world.recall(400) == 400
+    assert world.recall(400).wait().freed_bytes == 400
     loads.append(finished(list(world.generate(ask()))).timings.load_bytes)
     assert loads == [1000, 0, 400]
     world.close()

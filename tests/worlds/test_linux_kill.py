@@ -193,7 +193,7 @@ def test_recalls_and_status_go_on_while_models_are_replaced(
     def bother() -> None:
         while not stop.is_set():
             try:
-                world.recall(1 << 40)
+                world.recall(1 << 40).wait()
                 world.status()
             except BaseException as error:
                 failures.append(error)

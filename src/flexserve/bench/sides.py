@@ -229,7 +229,7 @@ class SealedWorld:
 
     def empty(self) -> None:
         """No segment resident. Raises `EngineFailure` when one stays."""
-        self.world.recall(EVERYTHING)
+        self.world.recall(EVERYTHING).wait()
         if self.world.status().models[0].resident_bytes:
             raise EngineFailure("weights stay resident after a recall")
 

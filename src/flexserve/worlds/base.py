@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..core import Event, ModelInfo, Request, WorldStatus
+from ..core import Budget, Event, ModelInfo, Request, WorldStatus
+
+RECALL_DEADLINE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,42 @@ class Generation(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Recalled:
+    """What a recall came to."""
+
+    freed_bytes: int
+    first_byte_s: (
+        float  # from the call until the operating system had the first of it; the whole time if it got none
+    )
+    done_s: float  # until it had all of it
+
+
+class Recalling(Protocol):
+    """A recall whose bytes are chosen (the paper's two stages: choosing, and giving back)."""
+
+    @property
+    def asked_bytes(self) -> int: ...
+
+    @property
+    def chosen_bytes(self) -> int:
+        """Less than was asked for where the floor, or what is in memory, allows no more."""
+
+    @property
+    def later_bytes(self) -> int:
+        """Of the chosen bytes, those that have to be encrypted and written before they go."""
+
+    @property
+    def answered_s(self) -> float:
+        """How long choosing took, as the caller saw it."""
+
+    def wait(self, timeout_s: float | None = None) -> Recalled:
+        """Until everything that was chosen is back. May be called more than once, from any thread.
+
+        Raises `TimeoutError`, or `WorldCrashed` where the secure world ended first (which gives all its memory back).
+        """
+
+
 class World(Protocol):
     """The normal side's handle on a secure world."""
 
@@ -62,8 +100,29 @@ class World(Protocol):
     def generate(self, request: Request) -> Generation:
         """Queue a request. Raises `ModelNotFound`, `Busy`; later errors come from the iteration."""
 
-    def recall(self, nbytes: int) -> int:
-        """Take back up to `nbytes` of Flex-Mem now, zeroed first; returns the bytes given back."""
+    def recall(self, nbytes: int, *, deadline_s: float = RECALL_DEADLINE_S) -> Recalling:
+        """Take back up to `nbytes` of Flex-Mem (the paper's rsmem_reclaim): returns when they are chosen, and goes on
+        in the background. What is given back is zeroed first. The soft budget falls to what stays.
+
+        Sessions that are idle and could not be saved within `deadline_s` are given up; the keys and values of an open
+        answer never are: it stops, and goes on when there is memory again. Raises `InvalidRequest`, `WorldCrashed`.
+        """
+
+    def offer(self, nbytes: int) -> None:
+        """Give memory (the paper's rsmem_alloc): the soft budget rises by that much, up to the hard cap.
+
+        Raises `InvalidRequest`, `WorldCrashed`.
+        """
+
+    def budget(
+        self, soft_bytes: int | None = None, hard_bytes: int | None = None, floor_bytes: int | None = None
+    ) -> Budget:
+        """Set limits (None leaves one as it is), and say what holds now. A hard cap below the soft budget lowers it,
+        a floor above it raises it. Raises `InvalidRequest` where the floor would be above the hard cap."""
+
+    def trace(self, after: int = 0) -> list[str]:
+        """The Framework's newest events and decisions, as JSON lines in their order (docs/framework.md): those of events
+        whose number `n` is above `after`. The oldest are forgotten; a world that was started again counts from 1."""
 
     def status(self) -> WorldStatus: ...
 

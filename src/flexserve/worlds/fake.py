@@ -18,12 +18,13 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from ..core import Event, Finished, ModelInfo, ModelStatus, Request, WorldStatus
+from ..core import Budget, Event, Finished, ModelInfo, ModelStatus, Request, WorldStatus
 from ..engine.fake import FakeEngine
 from ..errors import (
     Busy,
     EngineFailure,
     FlexServeError,
+    InvalidRequest,
     LicenceMalformed,
     LicenceWrongDevice,
     LicenceWrongModel,
@@ -34,10 +35,14 @@ from ..errors import (
     VendorNotTrusted,
     WorldCrashed,
 )
-from .base import ModelSource
+from ..framework import events as ev
+from ..framework import trace
+from .base import RECALL_DEADLINE_S, ModelSource, Recalled
 
 DEVICE = "this device"
 VENDOR = "trusted vendor"
+TRACE_LINES = 1024
+BUDGET = Budget(1 << 30, 2 << 30, 0, 0)
 
 
 def write_fake_model(
@@ -113,12 +118,31 @@ class FakeGeneration:
             self._items.put(item)
 
 
+@dataclasses.dataclass(frozen=True)
+class FakeRecalling:
+    """A recall (`worlds.base.Recalling`): what was chosen is back already."""
+
+    asked_bytes: int
+    chosen_bytes: int
+    later_bytes: int = 0
+    answered_s: float = 0.0
+
+    def wait(self, timeout_s: float | None = None) -> Recalled:
+        return Recalled(self.chosen_bytes, self.answered_s, self.answered_s)
+
+
 class FakeWorld:
     """`worlds.base.World` over a `FakeEngine`. One answer is computed at a time, the others queue."""
 
     name = "fake"
 
-    def __init__(self, engine: FakeEngine | None = None, *, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        engine: FakeEngine | None = None,
+        *,
+        max_waiting: int = 64,
+        budget: Budget = BUDGET,
+    ) -> None:
         self.engine = engine or FakeEngine()
         self.max_waiting = max_waiting
         self._clock = self.engine.clock
@@ -130,6 +154,9 @@ class FakeWorld:
         self._started_s = 0.0
         self._worker: threading.Thread | None = None
         self._closed = False
+        self._budget = budget  # what is held is counted when somebody asks
+        self._trace: deque[tuple[int, str]] = deque(maxlen=TRACE_LINES)
+        self._events = 0
 
     def start(self) -> None:
         with self._changed:
@@ -175,15 +202,48 @@ class FakeWorld:
             self._changed.notify_all()
         return generation
 
-    def recall(self, nbytes: int) -> int:
-        given = 0
+    def recall(self, nbytes: int, *, deadline_s: float = RECALL_DEADLINE_S) -> FakeRecalling:
+        _check_bytes(nbytes)
         with self._changed:
             self._check_running()
-            for model in self._models.values():
-                taken = min(model.resident_bytes, nbytes - given)
-                model.resident_bytes -= taken
-                given += taken
-        return given
+            began = self._clock.now()
+            held = self._held()
+            soft = max(self._budget.floor_bytes, min(self._budget.soft_bytes, held - nbytes))
+            self._budget = dataclasses.replace(self._budget, soft_bytes=soft)
+            self._note(ev.PressureRecall(self._events + 1, nbytes, deadline_s))
+            given = self._shrink(min(nbytes, max(held - self._budget.floor_bytes, 0)))
+            return FakeRecalling(nbytes, given, answered_s=self._clock.now() - began)
+
+    def offer(self, nbytes: int) -> None:
+        _check_bytes(nbytes)
+        with self._changed:
+            self._check_running()
+            soft = min(self._budget.soft_bytes + nbytes, self._budget.hard_bytes)
+            self._budget = dataclasses.replace(self._budget, soft_bytes=soft)
+            self._note(ev.Offer(nbytes))
+
+    def budget(
+        self, soft_bytes: int | None = None, hard_bytes: int | None = None, floor_bytes: int | None = None
+    ) -> Budget:
+        with self._changed:
+            self._check_running()
+            hard = self._budget.hard_bytes if hard_bytes is None else hard_bytes
+            floor = self._budget.floor_bytes if floor_bytes is None else floor_bytes
+            soft = self._budget.soft_bytes if soft_bytes is None else soft_bytes
+            _check_bytes(min(hard, floor, soft))
+            if floor > hard:
+                raise InvalidRequest(f"the floor of {floor} bytes is above the hard cap of {hard} bytes")
+            soft = max(floor, min(soft, hard))
+            self._budget = Budget(soft, hard, floor, 0)
+            if (soft_bytes, hard_bytes, floor_bytes) != (None, None, None):
+                self._note(ev.BudgetSet(soft))
+            self._shrink(self._held() - soft)
+            return dataclasses.replace(self._budget, held_bytes=self._held())
+
+    def trace(self, after: int = 0) -> list[str]:
+        with self._changed:
+            self._check_running()
+            return [line for number, line in self._trace if number > after]
 
     def status(self) -> WorldStatus:
         with self._changed:
@@ -206,9 +266,11 @@ class FakeWorld:
                         poisoned=m.poisoned,
                         requests=m.requests,
                         last_used_s_ago=None if m.last_used is None else now - m.last_used,
+                        prefix_bytes=m.resident_bytes,
                     )
                     for m in self._models.values()
                 ),
+                budget=dataclasses.replace(self._budget, held_bytes=self._held()),
             )
 
     def close(self) -> None:
@@ -241,6 +303,22 @@ class FakeWorld:
             return ([self._active] if self._active else []) + list(self._waiting)
 
     # Inside.
+
+    def _held(self) -> int:
+        return sum(model.resident_bytes for model in self._models.values())
+
+    def _shrink(self, nbytes: int) -> int:
+        given = 0
+        for model in self._models.values():
+            taken = max(min(model.resident_bytes, nbytes - given), 0)
+            model.resident_bytes -= taken
+            given += taken
+        return given
+
+    def _note(self, event: ev.Event) -> None:
+        self._events += 1
+        for line in trace.lines(self._events, self._clock.now(), event, ()):
+            self._trace.append((self._events, line))
 
     def _check_running(self) -> None:
         if self._closed:
@@ -276,7 +354,8 @@ class FakeWorld:
         if model.poisoned:
             raise SegmentNotAuthentic(f"a segment of {model.info.name!r} failed authentication")
         with self._changed:
-            model.resident_bytes = model.info.weight_bytes
+            room = self._budget.soft_bytes - self._held()
+            model.resident_bytes += max(min(missing, room), 0)
         events = self.engine.answer(
             generation.request,
             context_tokens=model.info.context_tokens,
@@ -294,6 +373,11 @@ class FakeWorld:
                     event, timings=dataclasses.replace(event.timings, load_bytes=missing)
                 )
             generation.push(event)
+
+
+def _check_bytes(nbytes: int) -> None:
+    if nbytes < 0:
+        raise InvalidRequest(f"a number of bytes must not be negative, and this one is {nbytes}")
 
 
 def _read_json(path: Path, kind: str, malformed: type[FlexServeError]) -> dict[str, Any]:
