@@ -121,8 +121,10 @@ class World(Protocol):
         a floor above it raises it. Raises `InvalidRequest` where the floor would be above the hard cap."""
 
     def trace(self, after: int = 0) -> list[str]:
-        """The Framework's newest events and decisions, as JSON lines in their order (docs/framework.md): those of events
-        whose number `n` is above `after`. The oldest are forgotten; a world that was started again counts from 1."""
+        """The Framework's newest events and decisions, as JSON lines in their order (docs/framework.md).
+
+        Those of events whose number `n` is above `after`; the oldest are forgotten. A secure world that was started
+        again counts from 1."""
 
     def status(self) -> WorldStatus: ...
 
