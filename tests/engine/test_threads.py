@@ -11,6 +11,7 @@ import pytest
 
 from flexserve.bench.shapes import shape_named
 from flexserve.engine import threads
+from flexserve.engine.llama import Context, ContextOptions, Model
 from flexserve.flexmem.loader import PROCESSORS
 
 from .secure_models import Opener, answer, request
@@ -48,6 +49,15 @@ def test_a_thread_per_processor_stays_on_its_own(opener: Opener) -> None:
     found = affinities_of_new_threads(lambda: answer(opened.model, PROMPT))
     assert sorted(found, key=min) == [frozenset({cpu}) for cpu in sorted(PROCESSORS)]
     opener.discard(opened)
+
+
+@needs_two
+def test_threads_that_are_not_bound_go_anywhere(opener: Opener) -> None:
+    model = Model.from_file(opener.generate(shape_named("tiny-llama"), "Q8_0"), load_mode=0)
+    context = Context(model, ContextOptions(64, len(PROCESSORS), bind_threads=False))
+    assert set(affinities_of_new_threads(lambda: context.decode([1, 2, 3]))) == {PROCESSORS}
+    context.close()
+    model.close()
 
 
 @needs_two

@@ -6,7 +6,6 @@ result: the clock starts when the model's load does, so neither Python nor the l
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -120,13 +119,6 @@ def _storage_bytes() -> int:
     return 0
 
 
-def _detach_threads(context: Any) -> None:
-    """Plain llama.cpp places its threads itself, whatever our engine does about it."""
-    from ..flexmem.ggml import ggml_base
-
-    ggml_base().llama_detach_threadpool(ctypes.cast(context, ctypes.c_void_p))
-
-
 def _run(job: Job) -> PlainResult:
     import llama_cpp as api
 
@@ -142,8 +134,7 @@ def _run(job: Job) -> PlainResult:
     api.llama_log_set(on_log, None)
     read, busy, cpu, start = _storage_bytes(), busy_s(), _cpu_s(), time.perf_counter()
     model = Model.from_file(Path(job.model), load_mode=LOAD_MODES[job.load_mode], repack=job.repack)
-    context = Context(model, ContextOptions(job.context_tokens, job.threads))
-    _detach_threads(context.handle)
+    context = Context(model, ContextOptions(job.context_tokens, job.threads, bind_threads=False))
     loaded = time.perf_counter()
     sampler = Sampler(Sampling(temperature=0), 0, model.vocab.size)
     context.decode(job.token_ids)

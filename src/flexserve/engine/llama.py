@@ -215,6 +215,9 @@ class ContextOptions:
     context_tokens: int
     threads: int
     embeddings: bool = False  # make embeddings, as the model's pooling says, instead of logits
+    bind_threads: bool = (
+        True  # each thread to a processor of its own, where that helps; off: as llama.cpp places them
+    )
 
 
 class Context:
@@ -243,7 +246,9 @@ class Context:
             raise ModelUnsupported(
                 f"llama.cpp cannot make a context of {options.context_tokens} tokens: {_why()}"
             )
-        self._threads: BoundThreads | None = bind(self.handle, options.threads)
+        self._threads: BoundThreads | None = (
+            bind(self.handle, options.threads) if options.bind_threads else None
+        )
         self.context_tokens = int(api.llama_n_ctx(self.handle))
         self.tokens: list[int] = []  # that it remembers
         self.batches: list[int] = []  # how many of them were computed at once, in order
