@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from .sealed_fixtures import SMALL, Kit, make_kit
+from flexserve.worlds.base import ModelSource
+
+from .sealed_fixtures import SMALL, TINY, Kit, make_kit
+from .world_fixtures import Device, make_device
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +20,18 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     """A sealed model of 2.2 MB: nine segments of EMBED, two of BODY."""
     return make_kit(tmp_path_factory.mktemp("small"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
+    """A device of the test file's own."""
+    return make_device(tmp_path_factory.mktemp("device"))
+
+
+@pytest.fixture(scope="module")
+def source(device: Device) -> ModelSource:
+    """A model of 90 kB, sealed and licensed for it."""
+    return device.add_kit("m", TINY)[0]
 
 
 @pytest.fixture

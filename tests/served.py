@@ -97,12 +97,19 @@ def served(
                 text=True,
             )
         )
+    with when_ready(process, d) as server:
+        yield server
+
+
+@contextmanager
+def when_ready(process: subprocess.Popen[str], directory: Path) -> Iterator[Served]:
+    """The server that this process is about to be; killed at the end if still there. Its stderr goes to a file."""
     with process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert line.startswith(READY), (d / "work" / "stderr.txt").read_text()
-            yield Served(process, d, line.removeprefix(READY).split()[0])
+            assert line.startswith(READY), (directory / "work" / "stderr.txt").read_text()
+            yield Served(process, directory, line.removeprefix(READY).split()[0])
         finally:
             if process.poll() is None:
                 process.kill()

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from flexserve.bench.generate import write_model
 from flexserve.cli.main import cli
+from flexserve.worlds.fake import write_fake_model
 from flexserve.worlds.linux import hardening
 
 from ..sealed_fixtures import TINY
@@ -63,6 +64,13 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     work.mkdir()
     monkeypatch.chdir(work)
     return Shell(work)
+
+
+@pytest.fixture
+def demo(shell: Shell) -> Shell:
+    """A shell whose directory has demo.flex and demo.lic for the fake world."""
+    write_fake_model(shell.directory, "demo")
+    return shell
 
 
 @pytest.fixture(scope="session")

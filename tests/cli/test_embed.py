@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from flexserve.cli.main import cli
 from flexserve.engine.fake import FakeEngine, Script, fake_embedding
 from flexserve.errors import EngineFailure
-from flexserve.worlds.fake import FakeWorld, write_fake_model
+from flexserve.worlds.fake import FakeWorld
 
 from ..architectures import CASES, build
 from ..schemas import validate
@@ -25,12 +25,6 @@ EMBED = "embed demo.flex --world fake"
 
 def vector(text: str) -> list[float]:
     return list(struct.unpack("<8f", fake_embedding(text)))
-
-
-@pytest.fixture
-def demo(shell: Shell) -> Shell:
-    write_fake_model(shell.directory, "demo")
-    return shell
 
 
 @pytest.fixture

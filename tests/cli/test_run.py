@@ -19,7 +19,7 @@ from flexserve.cli.main import cli
 from flexserve.core import Request
 from flexserve.engine.fake import FakeEngine, Script, SystemClock
 from flexserve.errors import EngineFailure
-from flexserve.worlds.fake import FakeGeneration, FakeWorld, write_fake_model
+from flexserve.worlds.fake import FakeGeneration, FakeWorld
 
 from ..schemas import validate
 from ..server.running import Running, serving
@@ -27,13 +27,6 @@ from .conftest import Shell
 
 PROGRAM = [sys.executable, "-c", "from flexserve.cli import main; main()"]
 RUN = "run demo.flex --world fake"
-
-
-@pytest.fixture
-def demo(shell: Shell) -> Shell:
-    """A shell whose directory has demo.flex and demo.lic for the fake world."""
-    write_fake_model(shell.directory, "demo")
-    return shell
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ from flexserve.worlds.linux import LinuxWorld
 from flexserve.worlds.linux.users import may_change_user
 
 from ..attacker import memory_which
-from ..sealed_fixtures import TINY, model_key
-from ..world_fixtures import Device, linux_world, make_device
+from ..sealed_fixtures import model_key
+from ..world_fixtures import Device, linux_world
 
 needs_root = pytest.mark.skipif(
     not may_change_user(), reason="only root can look into a hardened process at all"
@@ -34,16 +34,6 @@ needs_root = pytest.mark.skipif(
 needs_memfd_secret = pytest.mark.skipif(
     not (SecretBytes(b"x") and secret.is_secret()), reason="this kernel has no memfd_secret"
 )
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    return make_device(tmp_path_factory.mktemp("keys"))
-
-
-@pytest.fixture(scope="module")
-def source(device: Device) -> ModelSource:
-    return device.add_kit("m", TINY)[0]
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,7 @@ from flexserve.worlds.linux import world as world_module
 from flexserve.worlds.linux.channel import Channel, Failed, ToNormal, ToSecure
 from flexserve.worlds.linux.process import SecureProcess
 
-from ..sealed_fixtures import TINY
-from ..world_fixtures import Device, linux_world, make_device
+from ..world_fixtures import Device, linux_world
 
 PATIENCE_S = 30.0
 
@@ -111,16 +110,6 @@ def test_too_many_descriptors_break_the_channel() -> None:
 
 
 # A real secure process
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    return make_device(tmp_path_factory.mktemp("nonsense"))
-
-
-@pytest.fixture(scope="module")
-def source(device: Device) -> ModelSource:
-    return device.add_kit("m", TINY)[0]
 
 
 class Raw:
@@ -330,7 +319,11 @@ def test_callers_get_a_clear_error_from_a_secure_world_that_talks_nonsense(
     monkeypatch.setattr(Impostor, "behave", staticmethod({**IMPOSTORS, **WRONG}[what]))
     world.start()
     world._sources["m"] = source  # as if it had been registered before
-    calls: list[Callable[[], Any]] = [world.status, lambda: world.recall(1).wait(), lambda: world.register(source)]
+    calls: list[Callable[[], Any]] = [
+        world.status,
+        lambda: world.recall(1).wait(),
+        lambda: world.register(source),
+    ]
     if what in IMPOSTORS:
         calls.insert(0, lambda: list(world.generate(Request(id="r", model="m", prompt="x"))))
     ends: list[Any] = []

@@ -34,7 +34,7 @@ from flexserve.sealed.session_file import (
 )
 
 from ..sealed_fixtures import SMALL
-from ..world_fixtures import Device, kill, linux_world, make_device
+from ..world_fixtures import Device, kill, linux_world
 
 DEVICE = DeviceKey.generate()
 HERE = MadeBy(b"m" * 32, "engine-1", "ctx=512")
@@ -194,11 +194,6 @@ def test_llama_cpp_never_sees_a_state_that_is_not_authentic(
 
 
 # Through the whole path
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    return make_device(tmp_path_factory.mktemp("device"))
 
 
 def ask(world: object, ids: tuple[int, ...], number: int) -> Finished:

@@ -29,24 +29,13 @@ from flexserve.worlds.linux.process import SecureProcess
 from flexserve.worlds.linux.seccomp import ALLOW, EPERM, KILL, NUMBERS, Check, Rule, program
 
 from ..attacker import Injected, children, inject, needs_injection
-from ..sealed_fixtures import TINY
-from ..world_fixtures import Device, linux_world, make_device
+from ..world_fixtures import Device, linux_world
 
 HERE = platform.machine()
 is_root = users.may_change_user()
 O_RDONLY, O_WRONLY_CREAT = os.O_RDONLY, os.O_WRONLY | os.O_CREAT
 AT_FDCWD = -100 & (1 << 64) - 1
 PROT_ALL, PRIVATE_ANONYMOUS = 7, 0x22
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    return make_device(tmp_path_factory.mktemp("hard"))
-
-
-@pytest.fixture(scope="module")
-def source(device: Device) -> ModelSource:
-    return device.add_kit("m", TINY)[0]
 
 
 @pytest.fixture(scope="module")

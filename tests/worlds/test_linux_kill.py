@@ -17,15 +17,10 @@ from flexserve.worlds.base import Generation, ModelSource
 from flexserve.worlds.linux import LinuxWorld
 
 from ..sealed_fixtures import TINY
-from ..world_fixtures import Device, linux_world, make_device
+from ..world_fixtures import Device, linux_world
 
 MODELS = ("one", "two")
 TOKENS = 60
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    return make_device(tmp_path_factory.mktemp("kill"))
 
 
 @pytest.fixture(scope="module")

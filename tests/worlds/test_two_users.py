@@ -20,7 +20,7 @@ from flexserve.worlds.linux.users import DYNAMIC_USERS, closed_to, free_user, ga
 
 from ..attacker import children
 from ..sealed_fixtures import SMALL
-from ..served import READY, Served
+from ..served import Served, when_ready
 from ..world_fixtures import Device, make_device
 
 ROOT = Path(__file__).parents[2]
@@ -72,9 +72,8 @@ def server(device: Device) -> Iterator[Served]:
         "--threads", "1",
     ]  # fmt: skip
     (d / "work").mkdir()
-    with (
-        (d / "work" / "stderr.txt").open("w") as stderr,
-        subprocess.Popen(
+    with (d / "work" / "stderr.txt").open("w") as stderr:
+        process = subprocess.Popen(
             [
                 str(installation / "bin" / "python"),
                 "-B",
@@ -88,16 +87,9 @@ def server(device: Device) -> Iterator[Served]:
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-        ) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.startswith(READY), (d / "work" / "stderr.txt").read_text()
-            yield Served(process, d, line.removeprefix(READY).split()[0])
-        finally:
-            if process.poll() is None:
-                process.kill()
+        )
+    with when_ready(process, d) as server:
+        yield server
 
 
 def unit() -> dict[str, str]:
