@@ -59,7 +59,8 @@ def main() -> None:
         bpe.save(str(args.cache / "tokenizer.json"))
 
         def encoded() -> Iterator[Encoded]:
-            return (tokenizer.encode_chat(bpe, turns) for turns in spoken())
+            cut = Random(f"{args.seed}/cut")
+            return (tokenizer.encode_chat(bpe, turns, cut) for turns in spoken())
 
         shape = Shape(vocab=VOCAB)
         plan = Plan(steps=args.steps, seed=args.seed)

@@ -57,12 +57,12 @@ def test_no_held_out_wording_can_be_said_by_a_training_template() -> None:
     assert {normalise(e.say) for e in islice(Generator(1), 5000)} & trained  # the control
 
 
-@pytest.mark.parametrize(("held_out", "least", "most"), [(True, 0.10, 0.15), (False, 0.22, 0.30)])
+@pytest.mark.parametrize(("held_out", "least", "most"), [(True, 0.08, 0.14), (False, 0.28, 0.36)])
 def test_the_share_of_sentences_with_odd_words_is_the_documented_one(
     monkeypatch: pytest.MonkeyPatch, held_out: bool, least: float, most: float
 ) -> None:
     drawn: list[str] = []
-    for name in ("invented", "salad"):
+    for name in ("invented", "salad", "phrase"):
         make = getattr(Words, name)
 
         def draw(self: Words, *args: Any, make: Callable[..., str] = make) -> str:
