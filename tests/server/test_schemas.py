@@ -17,12 +17,14 @@ from .conftest import Post
 from .running import Running
 
 ANSWERS = ["completion", "completion-chunk", "chat-completion", "chat-completion-chunk"]
-OURS = ["run", "embed", "embeddings", "list", "ps", "health", "models", "error", *ANSWERS]
+MEMORY = ["recall", "budget", "trace"]
+OURS = ["run", "embed", "embeddings", "list", "ps", *MEMORY, "health", "models", "error", *ANSWERS]
 UNITS = ("_s", "_s_ago", "_bytes", "_tokens", "_tokens_per_s")
 UNITLESS = {
     # Counts, names of OpenAI's, and versions: the key says what is counted.
     "requests active_requests waiting_requests restarts faults parameters pid model_version created index",
     "sessions saved_sessions",
+    "n t",  # of the trace: framework/trace.py
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from ..core import Finished, FinishReason, ModelInfo, Timings, WorldStatus
+from ..core import Finished, FinishReason, ModelInfo, ModelStatus, Timings, WorldStatus
 from .common import human_bytes, human_count
 
 # What a terminal would act on: C0 and C1 controls but tab and newline, and the direction overrides.
@@ -50,6 +50,13 @@ def _styled() -> bool:
 def seconds(value: float) -> str:
     """`0.42 s`, `3 ms`."""
     return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.0f} ms"
+
+
+def milliseconds(value_s: float) -> str:
+    """`1.2 ms`, `135 ms`, `2.41 s`."""
+    if value_s >= 1:
+        return f"{value_s:.2f} s"
+    return f"{1000 * value_s:.0f} ms" if value_s >= 0.1 else f"{1000 * value_s:.1f} ms"
 
 
 def summary(finished: Finished) -> str:
@@ -136,25 +143,39 @@ def status_text(status: WorldStatus) -> str:
         f"{status.active_requests} active and {status.waiting_requests} waiting requests",
         f"Flex-Mem: {printable(status.flexmem)}",
     ]
+    if status.budget is not None:
+        b = status.budget
+        lines.append(
+            f"Memory: {human_bytes(b.held_bytes)} held of a budget of {human_bytes(b.soft_bytes)} "
+            f"(floor {human_bytes(b.floor_bytes)}, hard cap {human_bytes(b.hard_bytes)})"
+        )
     rows = [
         (
             printable(m.info.name),
             human_bytes(m.info.weight_bytes),
             f"{human_bytes(m.resident_bytes)} ({100 * m.resident_bytes // max(m.info.weight_bytes, 1)} %)",
             human_bytes(m.lazy_bytes),
+            human_bytes(m.prefix_bytes),
             human_bytes(m.kv_bytes),
             f"{m.sessions} ({human_bytes(m.session_bytes)})",
+            human_bytes(m.budget_bytes),
             f"{m.requests}",
             "never" if m.last_used_s_ago is None else f"{duration(m.last_used_s_ago)} ago",
-            "NOT AUTHENTIC" if m.poisoned else "ok",
+            _state(m),
         )
         for m in status.models
     ]
     if rows:
-        head = ("MODEL", "WEIGHTS", "RESIDENT", "LAZY", "KV", "SESSIONS", "REQUESTS", "LAST USED", "STATE")
-        right = frozenset({"WEIGHTS", "RESIDENT", "LAZY", "KV", "SESSIONS", "REQUESTS"})
+        numbers = ("SIZE", "RESIDENT", "LAZY", "PREFIX", "KV", "SESSIONS", "BUDGET", "REQUESTS")
+        head, right = ("MODEL", *numbers, "LAST USE", "STATE"), frozenset(numbers)
         lines += ["", table(head, rows, right=right)]
     return "\n".join(lines)
+
+
+def _state(m: ModelStatus) -> str:
+    if m.poisoned:
+        return "NOT AUTHENTIC"
+    return f"streams {human_bytes(m.streamed_bytes)} a token" if m.streamed_bytes else "ok"
 
 
 def duration(value_s: float) -> str:

@@ -22,7 +22,8 @@ CLI_HEAD = """# The command line
 
 Answers and tables go to stdout, everything else (times, progress, warnings, errors) to stderr. An error is
 `error: MESSAGE (CODE)` and mostly `hint: WHAT TO DO`; then stdout has no JSON object, with `--json` too. The
-codes are in [errors.md](errors.md). Every `--json` prints one object that follows a JSON Schema in [schemas](schemas).
+codes are in [errors.md](errors.md). Every `--json` prints one object (`trace`: one for each line) that
+follows a JSON Schema in [schemas](schemas).
 
 ## Exit codes
 

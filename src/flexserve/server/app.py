@@ -1,4 +1,4 @@
-"""The HTTP applications: OpenAI's API for clients, and the same plus `ps` and `list` for the admin socket.
+"""The HTTP applications: OpenAI's API for clients, and the same plus admin.py's endpoints for the admin socket.
 
 One request from socket to token: `Gate` (host, key) -> `Answers` -> `read_json` -> `wire.decode_*` ->
 `Gateway.open` -> the world; back: `AnswerStream.batch` -> `wire.Shape` -> send.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
-import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route, Router
@@ -19,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from .. import __version__
 from ..core import Event, Finished
 from ..errors import FlexServeError
+from .admin import admin_routes, json_response
 from .embeddings import Embeddings
 from .gate import EVENTS, Gate, HostRule, read_json, send_whole
 from .gateway import Gateway
@@ -32,33 +31,21 @@ def api_app(gateway: Gateway, *, hosts: HostRule | None, api_key: bytes | None =
 
 
 def admin_app(gateway: Gateway) -> Gate:
-    """What listens on the admin socket. The socket's permissions are its authentication."""
-
-    async def ps(_: HttpRequest) -> Response:
-        return _json(await gateway.status())
-
-    async def list_models(_: HttpRequest) -> Response:
-        return _json({"models": [info for info, _ in gateway.models.values()]})
-
-    routes = [
-        Route("/admin/ps", ps, methods=["GET"]),
-        Route("/admin/list", list_models, methods=["GET"]),
-        *_api_routes(gateway),
-    ]
-    return Gate(Router(routes, redirect_slashes=False))
+    """What listens on the admin socket."""
+    return Gate(Router([*admin_routes(gateway), *_api_routes(gateway)], redirect_slashes=False))
 
 
 def _api_routes(gateway: Gateway) -> list[Route]:
     async def models(_: HttpRequest) -> Response:
         data = [model_object(info, created) for info, created in gateway.models.values()]
-        return _json({"object": "list", "data": data})
+        return json_response({"object": "list", "data": data})
 
     async def model(request: HttpRequest) -> Response:
-        return _json(model_object(*gateway.model(request.path_params["name"])))
+        return json_response(model_object(*gateway.model(request.path_params["name"])))
 
     async def health(_: HttpRequest) -> Response:
         status = await gateway.status()
-        return _json(
+        return json_response(
             {
                 "status": "ok",
                 "version": __version__,
@@ -77,11 +64,6 @@ def _api_routes(gateway: Gateway) -> list[Route]:
         Route("/v1/completions", Answers(gateway, decode_completion), methods=["POST"]),
         Route("/v1/embeddings", Embeddings(gateway), methods=["POST"]),
     ]
-
-
-def _json(data: Any) -> Response:
-    headers = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
-    return Response(msgspec.json.encode(data), media_type="application/json", headers=headers)
 
 
 class Answers:

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..core import Event, Finished, FinishReason, ModelInfo, Request, Timings, Token, WorldStatus
+from ..core import Budget, Event, Finished, FinishReason, ModelInfo, Request, Timings, Token, WorldStatus
 from ..errors import EngineFailure, FlexServeError, ServerNotFound, WorldCrashed, by_code
+from .bodies import BudgetBody, RecallAnswer, RecallBody, Trace
 from .listen import check_private, default_admin_path
 
 TIMEOUT_S = 30.0
@@ -107,10 +108,26 @@ class ServerClient:
         """As `World.generate`, but every error comes from the iteration, and the server chooses the id."""
         return ServerGeneration(self.path, request)
 
+    def recall(self, body: RecallBody) -> RecallAnswer:
+        """Returns when everything that was chosen is back."""
+        return self._post("/admin/recall", body, RecallAnswer, TIMEOUT_S + body.deadline_s)
+
+    def budget(self, body: BudgetBody) -> Budget:
+        return self._post("/admin/budget", body, Budget, TIMEOUT_S)
+
+    def trace(self, after: int = 0) -> Trace:
+        return self._get(f"/admin/trace?after={after}", Trace)
+
     def _get(self, endpoint: str, cls: type[T]) -> T:
-        connection = _UnixConnection(self.path, TIMEOUT_S)
+        return self._ask("GET", endpoint, None, cls, TIMEOUT_S)
+
+    def _post(self, endpoint: str, body: msgspec.Struct, cls: type[T], timeout_s: float) -> T:
+        return self._ask("POST", endpoint, msgspec.json.encode(body), cls, timeout_s)
+
+    def _ask(self, method: str, endpoint: str, content: bytes | None, cls: type[T], timeout_s: float) -> T:
+        connection = _UnixConnection(self.path, timeout_s)
         try:
-            connection.request("GET", endpoint)
+            connection.request(method, endpoint, content)
             response = connection.getresponse()
             body = response.read()
         except (OSError, http.client.HTTPException) as error:

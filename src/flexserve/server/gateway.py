@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
-from ..core import ModelInfo, Request, WorldStatus
+from ..core import Budget, ModelInfo, Request, WorldStatus
 from ..errors import Busy, EngineFailure, ModelNotFound, ShuttingDown
-from ..worlds.base import ModelSource, World
+from ..worlds.base import ModelSource, Recalled, Recalling, World
 from .stream import AnswerStream
 
 MAX_IN_FLIGHT = 64  # each costs a thread; the world has its own, usually lower, bound
 STATUS_TIMEOUT_S = 10.0
+RECALL_GRACE_S = 10.0  # after its deadline: KV of an open answer is saved, however long it takes
+
+T = TypeVar("T")
 
 
 class Gateway:
@@ -56,10 +61,36 @@ class Gateway:
 
     async def status(self) -> WorldStatus:
         """Raises `EngineFailure` when the secure world does not answer in time."""
+        return await self._ask(self.world.status)
+
+    async def recall(self, nbytes: int, deadline_s: float) -> tuple[Recalling, Recalled]:
+        """Take memory back, until all of it is back. Raises `EngineFailure` when that takes too long."""
+        self.check_open()
+        recalling = await asyncio.to_thread(self.world.recall, nbytes, deadline_s=deadline_s)
+        wait_s = deadline_s + RECALL_GRACE_S
+        try:
+            return recalling, await asyncio.to_thread(recalling.wait, wait_s)
+        except TimeoutError:
+            raise EngineFailure(
+                f"{recalling.chosen_bytes} bytes are chosen and not all back after {wait_s:.0f} s",
+                hint="the recall goes on; `flexserve trace` shows what it waits for",
+            ) from None
+
+    async def budget(
+        self, soft: int | None = None, hard: int | None = None, floor: int | None = None
+    ) -> Budget:
+        """Bytes, as `World.budget`. Raises `InvalidRequest`, `EngineFailure`."""
+        return await self._ask(lambda: self.world.budget(soft, hard, floor))
+
+    async def trace(self, after: int) -> list[str]:
+        """As `World.trace`. Raises `EngineFailure`."""
+        return await self._ask(lambda: self.world.trace(after))
+
+    async def _ask(self, call: Callable[[], T]) -> T:
         self.check_open()
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                return await asyncio.to_thread(self.world.status)
+                return await asyncio.to_thread(call)
         except TimeoutError:
             raise EngineFailure(f"the secure world did not answer within {STATUS_TIMEOUT_S:.0f} s") from None
 

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from ..normal.manager import MemoryManager
 from .app import admin_app, api_app
 from .gate import HostRule
 from .gateway import Gateway
@@ -38,8 +39,11 @@ class Server:
         hosts: HostRule,
         admin: AdminSocket | None = None,
         api_key: bytes | None = None,
+        manager: MemoryManager | None = None,
     ) -> None:
+        """`manager` is stopped before the world is closed; it is not closed here."""
         self._gateway = gateway
+        self._manager = manager
         self._admin = admin
         self._loop: asyncio.AbstractEventLoop | None = None
         self._listeners = [_Listener(api_app(gateway, hosts=hosts, api_key=api_key), sock)]
@@ -76,6 +80,8 @@ class Server:
         finally:
             ready.cancel()
             self._gateway.stop()
+            if self._manager is not None:
+                self._manager.stop()
             await asyncio.to_thread(self._gateway.world.close)
 
     def _signalled(self) -> None:

@@ -1,0 +1,43 @@
+"""What crosses the admin socket about memory, for both of its ends. Knows no HTTP."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..core import Budget
+from ..worlds.base import RECALL_DEADLINE_S
+
+
+class RecallBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /admin/recall. `size_bytes` None: everything."""
+
+    size_bytes: int | None = None
+    deadline_s: float = RECALL_DEADLINE_S
+
+
+class RecallAnswer(msgspec.Struct):
+    """Seconds since the call. `asked_bytes` None: everything was asked for."""
+
+    asked_bytes: int | None
+    chosen_bytes: int
+    later_bytes: int
+    freed_bytes: int
+    answered_s: float
+    first_byte_s: float
+    done_s: float
+    budget: Budget
+
+
+class BudgetBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /admin/budget. What is None stays as it is."""
+
+    soft_bytes: int | None = None
+    hard_bytes: int | None = None
+    floor_bytes: int | None = None
+
+
+class Trace(msgspec.Struct):
+    """GET /admin/trace. After another restart the numbers of events begin anew."""
+
+    restarts: int
+    lines: list[str]

@@ -1,0 +1,71 @@
+"""`flexserve budget`, and what `ps` says about memory, over the fake world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ..schemas import validate
+from .conftest import Shell
+from .memory_server import Server, serving_shell
+
+
+@pytest.fixture
+def server(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with serving_shell(shell, tmp_path, monkeypatch) as found:
+        yield found
+
+
+def test_without_a_size_it_only_says_what_holds(server: Server) -> None:
+    before = server.shell.json("budget --json")
+    validate("budget", before)
+    assert before == {"soft_bytes": 1 << 30, "hard_bytes": 2 << 30, "floor_bytes": 0, "held_bytes": 0}
+    out = server.shell.ok("budget")
+    assert "held         0 B  weights in memory" in out
+    assert "hard cap  2.1 GB  no offer lifts the budget above" in out
+    assert server.shell.json("budget --json") == before
+
+
+def test_a_smaller_budget_takes_memory_at_once_and_answers_stay_the_same(server: Server) -> None:
+    before = server.complete("hello")
+    assert server.shell.json("budget 2M --json")["held_bytes"] == 2 << 20
+    assert server.complete("hello") == before
+    assert server.shell.json("budget --json")["held_bytes"] == 2 << 20
+
+
+def test_limits_are_set_together(server: Server) -> None:
+    out = server.shell.json("budget 1.5G --hard 1G --floor 64M --json")
+    assert (out["soft_bytes"], out["hard_bytes"], out["floor_bytes"]) == (1 << 30, 1 << 30, 64 << 20)
+
+
+def test_limits_that_contradict_each_other_are_refused_and_nothing_changes(server: Server) -> None:
+    before = server.shell.json("budget --json")
+    error = server.shell.fails(2, "budget --floor 2G --hard 1G")
+    assert "above the hard cap" in error
+    assert server.shell.json("budget --json") == before
+
+
+def test_ps_says_what_is_held_and_what_may_be(server: Server) -> None:
+    server.complete("hello")
+    status = server.shell.json("ps --json")
+    validate("ps", status)
+    assert status["budget"]["held_bytes"] == 8 << 20
+    out = server.shell.ok("ps")
+    assert "Memory: 8.4 MB held of a budget of 1.1 GB (floor 0 B, hard cap 2.1 GB)" in out
+    head = next(line for line in out.splitlines() if line.startswith("MODEL"))
+    wanted = [
+        "SIZE",
+        "RESIDENT",
+        "LAZY",
+        "PREFIX",
+        "KV",
+        "SESSIONS",
+        "BUDGET",
+        "REQUESTS",
+        "LAST",
+        "USE",
+        "STATE",
+    ]
+    assert head.split() == ["MODEL", *wanted]
