@@ -129,6 +129,9 @@ class ArenaMachine(RuleBasedStateMachine):
             return
         if self.poisoned:
             assert thread.result() in (b"\0", self.image[at : at + 1])  # whoever computed with it is told
+            if index in self.lost:  # the page has zeros now
+                self.lost[index].discard((at - span.offset) // PAGE_SIZE)
+                self.lost = {i: pages for i, pages in self.lost.items() if pages}
             return
         (claimed,) = found
         assert claimed == span

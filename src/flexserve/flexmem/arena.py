@@ -13,24 +13,30 @@ A segment's state changes under one lock, and only like this (place/recall, lazy
 A thread that touches a page that is not there waits in the kernel until it is placed. An ABSENT segment
 has no page with content: where the kernel took some pages, the others are given back too, because they are
 still the kernel's to take.
+
+With a *journal*, every change that somebody else has to hear of is noted in the order in which it happened, in the
+words of the Framework (framework/tables.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import groupby
 
 from ..core import PAGE_SIZE
 from ..errors import FlexServeError
+from ..framework.order import join
+from ..framework.tables import SegmentTrigger
 from ..sealed.format import Region
 from . import uffd
 from .uffd import Userfaultfd, libc
 
 MADV_POPULATE_WRITE = 23
+MLOCK_ONFAULT = 1
 RECALL_CHUNK = 4 << 20  # the longest stretch taken under the lock at a time
 
 
@@ -53,6 +59,15 @@ class Span:
     length: int
 
 
+@dataclass(frozen=True)
+class Change:
+    """What happened to `count` segments from index `first`."""
+
+    what: SegmentTrigger
+    first: int
+    count: int
+
+
 @dataclass
 class Counters:
     """What happened in this arena since it was made; bytes, and numbers of events."""
@@ -72,15 +87,22 @@ class Arena:
         faults: Userfaultfd | None,
         *,
         hide_from_dumps: bool = True,
+        journal: bool = False,
+        locked: bool = False,
     ) -> None:
         """`regions`: EMBED and BODY of the manifest. Without `faults` (no userfaultfd) a page that is touched
         before it is placed reads as zeros, so everything must be placed before anything computes.
+
+        `journal`: note changes, for whoever calls `take_journal`. `locked`: this process locks its memory
+        (mlockall), so that the arena has to be unlocked while the kernel may take pages of it.
         """
         self.regions = [r for r in regions if r.segment_count]
         self.length = -(-max(r.image_offset + r.padded_bytes for r in self.regions) // PAGE_SIZE) * PAGE_SIZE
         self.counters = Counters()
         self.poisoned: FlexServeError | None = None
         self._faults = faults
+        self._journal: list[Change] | None = [] if journal else None
+        self._locks, self._unlocked = locked, False
         self._lock = threading.RLock()
         self._closed = False
         last = max(r.first_segment + r.segment_count for r in self.regions)
@@ -133,11 +155,7 @@ class Arena:
         with self._lock:
             if self.poisoned or self._state[first] != SegmentState.ABSENT:
                 return None
-            end = next(
-                r.first_segment + r.segment_count
-                for r in self.regions
-                if first < r.first_segment + r.segment_count
-            )
+            end = self._region_end(first)
             count = 1
             while count < limit and first + count < end and self._state[first + count] == SegmentState.ABSENT:
                 count += 1
@@ -167,6 +185,33 @@ class Arena:
     def _mark(self, first: int, count: int, state: SegmentState) -> None:
         self._state[first : first + count] = bytes([state]) * count
 
+    # The journal
+
+    def take_journal(self) -> list[Change]:
+        """What has happened since the last call, in order."""
+        with self._lock:
+            taken = self._journal or []
+            if taken:
+                self._journal = []
+            return taken
+
+    def note_stopped(self, first: int, count: int) -> None:
+        """These will not be loaded: note it of those that are not there nor on their way."""
+        with self._lock:
+            for index in range(first, first + count):
+                if self._state[index] == SegmentState.ABSENT:
+                    self._note(SegmentTrigger.STOPPED, index)
+
+    def _note(self, what: SegmentTrigger, first: int, count: int = 1) -> None:
+        """Call with the lock held."""
+        if self._journal is None:
+            return
+        last = self._journal[-1] if self._journal else None
+        if last and last.what == what and last.first + last.count == first:
+            self._journal[-1] = Change(what, last.first, last.count + count)
+        else:
+            self._journal.append(Change(what, first, count))
+
     # Moving pages
 
     def place(self, span: Span, source: int, *, movable: bool = False) -> int:
@@ -186,20 +231,22 @@ class Arena:
                 self._faults.copy(target + moved, source + moved, span.length - moved)
         with self._lock:
             self._mark(span.first, span.count, SegmentState.RESIDENT)
+            self._note(SegmentTrigger.PLACED, span.first, span.count)
             self.counters.placed_bytes += span.length
             # Whoever was told "it is on its way" tries again, whichever page it waits for.
             self._wake(span.offset, span.length)
         return moved
 
-    def recall(self, segments: Iterable[int]) -> int:
+    def recall(self, segments: Iterable[int], given: Callable[[int], None] | None = None) -> int:
         """Zero these segments' pages and give them back to the kernel; returns the bytes given back.
 
         Allowed at any time: a thread that computes on them waits until they are placed again. The pages are
         taken out of the arena first and zeroed where nobody looks, so no thread ever sees the zeros.
-        Segments that are absent or on their way are passed over.
+        Segments that are absent or on their way are passed over. `given` hears of each stretch that is back.
         """
         freed = 0
-        runs = self._runs(segments, RECALL_CHUNK)[::-1]
+        with self._lock:
+            runs = self._runs(segments, RECALL_CHUNK)[::-1]
         while runs:
             span = runs.pop()
             indices = range(span.first, span.first + span.count)
@@ -210,9 +257,14 @@ class Arena:
                     continue
                 (state,) = states
                 if state < SegmentState.RESIDENT:
+                    passed = (
+                        SegmentTrigger.SPARED if state == SegmentState.LOADING else SegmentTrigger.RECALLED
+                    )
+                    self._note(passed, span.first, span.count)
                     continue
                 away = uffd.move_away(self.base + span.offset, span.length)
                 self._mark(span.first, span.count, SegmentState.ABSENT)
+                self._note(SegmentTrigger.RECALLED, span.first, span.count)
                 self.counters.recalled_bytes += span.length
             if state == SegmentState.LAZY:
                 freed += _zero_present(away, span.length)
@@ -220,6 +272,8 @@ class Arena:
                 libc.memset(away, 0, span.length)
                 freed += span.length
             uffd.release(away, span.length)
+            if given is not None:
+                given(span.length)
         return freed
 
     def lazy(self, segments: Iterable[int]) -> int:
@@ -231,6 +285,7 @@ class Arena:
         handed = 0
         if self._faults is None:
             return 0
+        self._unlock()
         for span in self._runs(segments, 64 << 20):
             with self._lock:
                 if any(
@@ -250,20 +305,44 @@ class Arena:
         Returns the bytes that stayed. Source: madvise(2), MADV_FREE ends at the next write.
         """
         kept = 0
-        for index in segments:
+        self._lock_again()
+        runs = self._runs(segments, RECALL_CHUNK)[::-1]
+        while runs:
+            span = runs.pop()
+            indices = range(span.first, span.first + span.count)
             with self._lock:
-                if self._state[index] != SegmentState.LAZY:
-                    continue
-                span = self.span(index)
-                try:
-                    # Marks every page written without changing it; EFAULT where one is missing.
-                    uffd.advise(self.base + span.offset, span.length, MADV_POPULATE_WRITE)
-                except OSError:
-                    self._drop_lost(span)
-                    continue
-                self._state[index] = SegmentState.RESIDENT
-            kept += span.length
+                states = {self._state[i] for i in indices}
+                if states == {SegmentState.RESIDENT}:  # firm already
+                    self._note(SegmentTrigger.PINNED, span.first, span.count)
+                elif states == {SegmentState.LAZY}:
+                    try:
+                        # Marks every page written without changing it; EFAULT where one is missing.
+                        uffd.advise(self.base + span.offset, span.length, MADV_POPULATE_WRITE)
+                    except OSError:
+                        if span.count == 1:
+                            self._drop_lost(span)
+                        else:
+                            runs += [self.span(i) for i in reversed(indices)]
+                        continue
+                    self._mark(span.first, span.count, SegmentState.RESIDENT)
+                    self._note(SegmentTrigger.PINNED, span.first, span.count)
+                    kept += span.length
+                elif len(states) > 1:
+                    runs += [self.span(i) for i in reversed(indices)]
         return kept
+
+    def _unlock(self) -> None:
+        """The kernel takes no locked page. All of the arena at once: moving pages away wants one mapping."""
+        with self._lock:
+            if self._locks and not self._unlocked:
+                self._unlocked = libc.munlock(self.base, self.length) == 0
+
+    def _lock_again(self) -> None:
+        with self._lock:
+            if (
+                self._unlocked
+            ):  # without the right to, it stays unlocked: as it was where there is no right at all
+                self._unlocked = libc.mlock2(self.base, self.length, MLOCK_ONFAULT) != 0
 
     def _drop_lost(self, span: Span) -> None:
         """Empty a segment of which the kernel took pages. Call with the lock held."""
@@ -272,29 +351,27 @@ class Arena:
         uffd.release(away, span.length)
         self.counters.lost_segments += 1
         self._mark(span.first, span.count, SegmentState.ABSENT)
+        self._note(SegmentTrigger.LOST, span.first, span.count)
 
     def _runs(self, segments: Iterable[int], limit: int) -> list[Span]:
-        """Join neighbours among the segments that have pages; no run crosses a multiple of `limit` bytes,
-        so that huge pages stay whole."""
+        """Join neighbours of one region and state; no run crosses a multiple of `limit` bytes, so that huge pages
+        stay whole."""
         runs: list[Span] = []
-        for index in segments:
-            if self._state[index] < SegmentState.RESIDENT:
-                continue
-            one = self.span(index)
-            previous = runs[-1] if runs else None
-            if (
-                previous is not None
-                and previous.first + previous.count == index
-                and previous.offset + previous.length == one.offset
-                and (self.base + previous.offset) // limit == (self.base + one.offset) // limit
-                and self._state[previous.first] == self._state[index]
-            ):
-                runs[-1] = Span(
-                    previous.first, previous.count + 1, previous.offset, previous.length + one.length
-                )
-            else:
-                runs.append(one)
+        for one in join(segments):
+            at, end = one.first, one.first + one.count
+            while at < end:
+                state, span = self._state[at], self.span(at)
+                same = self._state[at : min(end, self._region_end(at))]
+                count = len(same) - len(same.lstrip(bytes([state])))
+                room = limit - (self.base + span.offset) % limit
+                count = min(count, -(-room // span.length))
+                runs.append(self.span(at, count))
+                at += count
         return runs
+
+    def _region_end(self, index: int) -> int:
+        ends = (r.first_segment + r.segment_count for r in self.regions)
+        return next(end for end in ends if index < end)
 
     # Failure
 
@@ -313,6 +390,7 @@ class Arena:
                         span = self.span(index)
                         self._zero(span.offset, span.length)
                         self._state[index] = SegmentState.RESIDENT  # it has pages, which a recall takes
+                        self._note(SegmentTrigger.PLACED, index)
             # Also those whose fault was read by a handler that died: they fault again, and get zeros.
             self._wake(0, self.length)
 

@@ -1,11 +1,11 @@
 """The loader: threads that keep an arena filled ahead of compute, and serve the pages compute waits for.
 
     fault handler   one thread: a missing page becomes an urgent span
-    workers         read -> authenticate and decrypt -> place; urgent spans first, then the plan in order
+    workers         read -> authenticate and decrypt -> place; urgent spans first, then the plans in order
     watchdog        one thread: nobody waits for ever, whatever dies
 
-Knows nothing of models; a plan is a list of index ranges (framework.order). llama.cpp is not involved: a
-compute thread that runs ahead of the loader waits in the kernel until its page is placed.
+Knows nothing of models; a plan is a list of index ranges (framework.order), one for each priority. llama.cpp is not
+involved: a compute thread that runs ahead of the loader waits in the kernel until its page is placed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 from ..errors import EngineFailure, FlexServeError
+from ..framework.effects import Priority
 from ..framework.order import Range
 from .arena import Arena, SegmentState, Span
 from .source import Source, Staging
@@ -28,6 +30,8 @@ from .uffd import Userfaultfd
 WORKERS = 3  # with one read each in flight, enough to keep storage busy while another decrypts
 FAULT_TIMEOUT_S = 60.0  # storage that is silent for longer ends the request
 WATCH_PERIOD_S = 1.0
+REPORT_BYTES = 32 << 20  # of planned spans; those that compute waited for are told of at once
+REPORT_PERIOD_S = 0.02
 PROCESSORS = frozenset(os.sched_getaffinity(0))  # this process's, when no thread is bound yet
 
 
@@ -46,6 +50,19 @@ class LoadTimes:
         """The difference, for one request."""
         names = (field.name for field in fields(self))
         return LoadTimes(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
+
+
+class Listener(Protocol):
+    """Who hears of what happens here, on the loader's own threads."""
+
+    def changed(self) -> None:
+        """The arena's journal has news."""
+
+    def computes_at(self, segment: int) -> None:
+        """Compute waits for this segment."""
+
+    def poisoned(self, error: FlexServeError) -> None:
+        """Nothing more will be loaded."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +91,20 @@ class Loader:
         workers: int = WORKERS,
         name: str = "model",
         trace: Callable[[SpanTrace], None] | None = None,
+        listener: Listener | None = None,
     ) -> None:
         """`trace` is called by the workers, for each span that was placed."""
         self.arena = arena
         self._trace = trace
+        self._listener = listener
+        self._unreported, self._reported_at = 0, 0.0
         self._source = source
         self._faults = faults
         self._lock = threading.Lock()
         self._work_to_do = threading.Condition(self._lock)  # workers wait for it
         self._plan_done = threading.Condition(self._lock)  # `wait` waits for it
         self._urgent: deque[Span] = deque()
-        self._plan: deque[Range] = deque()
+        self._plans: list[deque[Range]] = [deque() for _ in Priority]
         self._busy = 0
         self._waiting: dict[int, float] = {}  # first segment of an urgent span -> when its fault came
         self._begun: dict[int, float] = {}  # first segment of a span a worker has -> since when
@@ -110,14 +130,29 @@ class Loader:
     def load(self, order: Iterable[Range]) -> None:
         """Load these ranges, in this order, in the background; replaces what was planned before."""
         with self._lock:
-            self._plan = deque(order)
+            self._forget_plans()
+            self._plans[Priority.REQUEST].extend(order)
             self._work_to_do.notify_all()
+
+    def extend(self, ranges: Iterable[Range], priority: Priority) -> None:
+        """Load these too, behind what was asked for with the same priority."""
+        with self._lock:
+            self._plans[priority].extend(ranges)
+            self._work_to_do.notify_all()
+
+    def stop(self) -> None:
+        """Forget what has not begun; the arena's journal says which."""
+        with self._lock:
+            for plan in self._plans:
+                for one in plan:
+                    self.arena.note_stopped(one.first, one.count)
+            self._forget_plans()
 
     def wait(self) -> None:
         """Until the plan is done or the arena is poisoned, or the loader closes."""
         with self._lock:
             self._plan_done.wait_for(
-                lambda: (not self._plan and not self._busy) or self.arena.poisoned or self._closing
+                lambda: (not any(self._plans) and not self._busy) or self.arena.poisoned or self._closing
             )
 
     def times(self) -> LoadTimes:
@@ -133,22 +168,39 @@ class Loader:
 
     def _next(self, staging: Staging) -> Span | None:
         """The next span to load, claimed; None when closing."""
-        with self._lock:
-            while not self._closing:
-                span = self._urgent.popleft() if self._urgent else self._next_planned()
-                if span is not None:
-                    self._busy += 1
-                    self._begun[span.first] = time.perf_counter()
-                    return span
-                if not self._busy:
-                    self._plan_done.notify_all()
-                staging.wipe()  # no plaintext lies about while there is nothing to do
-                self._work_to_do.wait()
-        return None
+        while True:
+            with self._lock:
+                while not self._closing:
+                    span = self._urgent.popleft() if self._urgent else self._next_planned()
+                    if span is not None:
+                        self._busy += 1
+                        self._begun[span.first] = time.perf_counter()
+                        return span
+                    if self._unreported:
+                        break
+                    if not self._busy:
+                        self._plan_done.notify_all()
+                    staging.wipe()  # no plaintext lies about while there is nothing to do
+                    self._work_to_do.wait()
+                if self._closing:
+                    return None
+                self._unreported = 0
+            self._changed()
 
     def _next_planned(self) -> Span | None:
-        while self._plan:
-            ahead = self._plan[0]
+        for plan in self._plans:
+            span = self._next_of(plan)
+            if span is not None or self.arena.poisoned:
+                return span
+        return None
+
+    def _forget_plans(self) -> None:
+        for plan in self._plans:
+            plan.clear()
+
+    def _next_of(self, plan: deque[Range]) -> Span | None:
+        while plan:
+            ahead = plan[0]
             state = self.arena.state
             skip = 0
             while skip < ahead.count and state(ahead.first + skip) != SegmentState.ABSENT:
@@ -160,12 +212,12 @@ class Loader:
                 if span is not None:
                     skip += span.count
                 elif self.arena.poisoned:
-                    self._plan.clear()
+                    self._forget_plans()
                     return None
             if skip >= ahead.count:
-                self._plan.popleft()
+                plan.popleft()
             else:
-                self._plan[0] = Range(ahead.first + skip, ahead.count - skip)
+                plan[0] = Range(ahead.first + skip, ahead.count - skip)
             if span is not None:
                 return span
         return None
@@ -215,13 +267,31 @@ class Loader:
                     place_s=self._times.place_s + placed - start,
                     fault_wait_s=self._times.fault_wait_s + waited,
                 )
-            if not self._busy and not self._plan:
+            if not self._busy and not any(self._plans):
                 self._plan_done.notify_all()
+            report = placed is not None and self._is_due(span.length, urgent=began is not None)
+        if report:
+            self._changed()
+
+    def _is_due(self, nbytes: int, *, urgent: bool) -> bool:
+        """Whether the listener is to hear of what was placed now. Call with the lock held."""
+        self._unreported += nbytes
+        now = time.perf_counter()
+        if not (urgent or self._unreported >= REPORT_BYTES or now - self._reported_at >= REPORT_PERIOD_S):
+            return False
+        self._unreported, self._reported_at = 0, now
+        return True
+
+    def _changed(self) -> None:
+        if self._listener is not None:
+            self._listener.changed()
 
     def _give_up(self, error: FlexServeError) -> None:
         self.arena.poison(error)
+        if self._listener is not None:
+            self._listener.poisoned(self.arena.poisoned or error)
         with self._lock:
-            self._plan.clear()
+            self._forget_plans()
             self._urgent.clear()
             self._waiting.clear()
             self._begun.clear()
@@ -245,13 +315,16 @@ class Loader:
         while not self._closing:
             poll.poll()
             for address in self._faults.faults():
-                span = self.arena.claim_fault(address - self.arena.base)
+                offset = address - self.arena.base
+                span = self.arena.claim_fault(offset)
                 with self._lock:
                     self._times = replace(self._times, faults=self._times.faults + 1)
                     if span is not None:
                         self._waiting[span.first] = time.perf_counter()
                         self._urgent.append(span)
                         self._work_to_do.notify()
+                if self._listener is not None and (segment := self.arena.segment_at(offset)) is not None:
+                    self._listener.computes_at(segment)
 
     def _watch(self) -> None:
         """Poison when the fault handler is dead or a segment does not arrive; serve zeros in its place.

@@ -113,10 +113,14 @@ class Weights:
 
     def position(self, index: int) -> int:
         """The position of a segment. Raises `IndexError`."""
+        return self._place(index)[0]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The position of a segment, and how many of its part begin there."""
         at = 0
         for part in self.parts:
             if 0 <= index - part.first < part.count:
-                return at + index - part.first
+                return at + index - part.first, part.count - (index - part.first)
             at += part.count
         raise IndexError(f"the model has no segment {index}")
 
@@ -133,12 +137,17 @@ class Weights:
         return tuple(made)
 
     def spans(self, ranges: Iterable[Range]) -> Iterator[Span]:
-        """Ranges of segment indices as spans. Raises `IndexError` unless each is within one part."""
+        """Ranges of segment indices as spans, one for each part that a range touches. Raises `IndexError` for a
+        segment that the model does not have."""
         for one in ranges:
-            start = self.position(one.first)
-            if one.count < 1 or self.position(one.first + one.count - 1) != start + one.count - 1:
-                raise IndexError(f"segments {one.first} to {one.first + one.count - 1} are not in one part")
-            yield start, start + one.count
+            index, left = one.first, one.count
+            if left < 1:
+                raise IndexError(f"{left} segments from {index} are no range")
+            while left:
+                start, room = self._place(index)
+                count = min(left, room)
+                yield start, start + count
+                index, left = index + count, left - count
 
     # States
 
