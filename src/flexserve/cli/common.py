@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import FlexServeError, NotFound, StorageFailure, Usage
+from ..errors import FlexServeError, StorageFailure, Usage
+from ..sealed.files import opened
 
 if TYPE_CHECKING:  # `flexserve --help` imports this file, and no cryptography
     from ..sealed.keyfile import Passphrase
@@ -54,21 +55,6 @@ def human_count(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.1f}{unit}"
     return str(count)
-
-
-@contextmanager
-def opened(path: Path, what: str) -> Iterator[int]:
-    """A descriptor for reading. Raises `NotFound`, `StorageFailure`."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise NotFound(f"there is no {what} {path}") from None
-    except OSError as error:
-        raise StorageFailure(f"cannot open {path}: {error.strerror}") from error
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def read_licence(path: Path) -> bytes:

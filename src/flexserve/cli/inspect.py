@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from ..sealed.files import opened
 from ..sealed.format import FORMAT_VERSION
 from ..sealed.licence import utc
 from ..sealed.reader import SignedManifest, read_manifest
-from .common import FILE, human_bytes, human_count, opened, print_json, trusted_vendors, vendor_pub_option
+from .common import FILE, human_bytes, human_count, print_json, trusted_vendors, vendor_pub_option
 
 
 @click.command("inspect")

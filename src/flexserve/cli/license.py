@@ -10,14 +10,14 @@ from pathlib import Path
 import click
 
 from ..errors import StorageFailure, Usage
-from ..sealed.files import pwrite_all, replacing
+from ..sealed.files import opened, pwrite_all, replacing
 from ..sealed.format import MAX_INTEGER, MAX_TIME
 from ..sealed.keyfile import load_vendor_key
 from ..sealed.keys import DevicePublicKey
 from ..sealed.licence import NEVER, issue, utc
 from ..sealed.reader import SealedModel
 from ..sealed.trust import read_small
-from .common import FILE, opened, passphrase_option, passphrase_source
+from .common import FILE, passphrase_option, passphrase_source
 
 
 def parse_expiry(text: str) -> int:

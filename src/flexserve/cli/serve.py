@@ -14,13 +14,13 @@ import click
 
 from ..core import WorldStatus
 from ..errors import KeyPermissions, KeyProblem, Usage
+from ..sealed.files import opened
 from ..worlds import WorldOptions, make_world
 from ..worlds.base import ModelSource, World
 from .common import (
     FILE,
     device_key_option,
     human_bytes,
-    opened,
     passphrase_option,
     sigterm_interrupts,
     vendor_pub_option,

@@ -10,6 +10,7 @@ import click
 
 from ..errors import SegmentNotAuthentic, Usage
 from ..sealed import statefile
+from ..sealed.files import opened
 from ..sealed.keyfile import load_device_key
 from ..sealed.licence import open_licence
 from ..sealed.reader import SealedModel, UnlockedModel
@@ -18,7 +19,6 @@ from .common import (
     FILE,
     device_key_option,
     human_bytes,
-    opened,
     passphrase_option,
     passphrase_source,
     print_json,

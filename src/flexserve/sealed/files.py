@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import StorageFailure, Usage
+from ..errors import NotFound, StorageFailure, Usage
 
 
 def xdg_directory(variable: str, below_home: str) -> Path:
@@ -23,6 +23,21 @@ def xdg_directory(variable: str, below_home: str) -> Path:
         return Path.home() / below_home / "flexserve"
     except RuntimeError:
         raise Usage("this user has no home directory", hint=f"set {variable}") from None
+
+
+@contextmanager
+def opened(path: Path, what: str) -> Iterator[int]:
+    """A descriptor for reading; it does not wait for a FIFO's writer. Raises `NotFound`, `StorageFailure`."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise NotFound(f"there is no {what} {path}") from None
+    except OSError as error:
+        raise StorageFailure(f"cannot open {path}: {error.strerror}") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -205,11 +205,6 @@ class Manifest:
     tensors: tuple[TensorExtent, ...]  # in GGUF order
     segment_table: bytes
 
-    def tag(self, index: int) -> bytes:
-        """The signed tag of a segment."""
-        start = index * SEGMENT_ENTRY_BYTES
-        return self.segment_table[start : start + TAG_BYTES]
-
     def hash(self, index: int) -> bytes:
         """The signed SHA-256 of a segment's ciphertext."""
         start = index * SEGMENT_ENTRY_BYTES + TAG_BYTES

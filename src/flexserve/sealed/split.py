@@ -7,14 +7,14 @@ ordinary GGUF model: nothing of the split is left in what is sealed.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ModelMalformed, NotFound, StorageFailure, Usage
+from ..errors import ModelMalformed, NotFound, Usage
+from .files import opened
 from .gguf import GGUFHeader, TensorInfo, parse_header, read_header
 
 MAX_PARTS = 999
@@ -38,7 +38,7 @@ def open_source(path: Path, stack: ExitStack) -> Source:
 
     Raises `NotFound`, `StorageFailure`, `ModelMalformed`, and `Usage` for another part than the first.
     """
-    first = _open(path, stack)
+    first = stack.enter_context(opened(path, "model file"))
     meta, header = read_header(first)
     count = _number(header, "split.count", 1)
     if count <= 1:
@@ -50,7 +50,7 @@ def open_source(path: Path, stack: ExitStack) -> Source:
     parts = [(first, meta, header)]
     for number, name in enumerate(names[1:], 2):
         try:
-            file = _open(name, stack)
+            file = stack.enter_context(opened(name, "model file"))
         except NotFound:
             raise NotFound(f"part {number} of {count} is missing: there is no file {name}") from None
         parts.append((file, *read_header(file)))
@@ -119,14 +119,3 @@ def _number(header: GGUFHeader, key: str, default: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < -1:
         raise ModelMalformed(f"key {key!r} must be a number")
     return value
-
-
-def _open(path: Path, stack: ExitStack) -> int:
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise NotFound(f"there is no model file {path}") from None
-    except OSError as error:
-        raise StorageFailure(f"cannot open {path}: {error.strerror}") from error
-    stack.callback(os.close, file)
-    return file

@@ -35,7 +35,7 @@ _LOAD_WORD, _JUMP_EQUAL, _JUMP_ABOVE, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x
 _NUMBER_AT, _ARCH_AT, _ARGUMENTS_AT = 0, 4, 16  # struct seccomp_data
 _X32 = 0x40000000  # x86-64's second table of the same calls
 _PR_SET_NO_NEW_PRIVS = 38
-_SET_MODE_FILTER, _GET_ACTION_AVAIL = 1, 2
+_SET_MODE_FILTER = 1
 _TSYNC = 1
 # Before Linux 5.16 a filter switched speculative store bypass off, which costs compute several per cent. It guards
 # against foreign code in the same process: there is none, and chat templates run in processes of their own.
@@ -185,14 +185,6 @@ class _Program(ctypes.Structure):  # struct sock_fprog
 def _seccomp(operation: int, flags: int, argument: int) -> int:
     number = NUMBERS["seccomp"][MACHINES[platform.machine()].column]
     return int(_libc.syscall(number, operation, flags, ctypes.c_void_p(argument)))
-
-
-def available() -> bool:
-    """Whether this kernel can filter calls and kill a process for one."""
-    if platform.machine() not in MACHINES:
-        return False
-    action = ctypes.c_uint32(KILL)
-    return _seccomp(_GET_ACTION_AVAIL, 0, ctypes.addressof(action)) == 0
 
 
 def install(instructions: bytes) -> None:
