@@ -10,7 +10,7 @@ import ctypes
 import re
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -218,6 +218,7 @@ class ContextOptions:
     bind_threads: bool = (
         True  # each thread to a processor of its own, where that helps; off: as llama.cpp places them
     )
+    gives_back: bool = False  # memory of what is forgotten goes back to the kernel at once, zeroed
 
 
 class Context:
@@ -241,7 +242,8 @@ class Context:
         params.abort_callback_data = self.stop.address
         _errors.clear()
         self._model = model
-        self.handle = api.llama_init_from_model(model.handle, params)
+        with ggml.giving_back() if options.gives_back else nullcontext():
+            self.handle = api.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise ModelUnsupported(
                 f"llama.cpp cannot make a context of {options.context_tokens} tokens: {_why()}"

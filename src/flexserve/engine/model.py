@@ -126,7 +126,8 @@ class SecureModel:
                     hint="choose a smaller context",
                 )
             self._context = Context(
-                self._model, ContextOptions(context_tokens, options.threads, embeddings=self._embeds)
+                self._model,
+                ContextOptions(context_tokens, options.threads, embeddings=self._embeds, gives_back=True),
             )
             # llama.cpp rounds the context up: room that these cannot use.
             exact = learned or self._embeds

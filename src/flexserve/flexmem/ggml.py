@@ -99,6 +99,8 @@ def _native() -> Any:
         ("flex_type_has_seen", ctypes.c_int, [pointer, ctypes.c_char_p, ctypes.c_uint32]),
         ("flex_redirect", ctypes.c_int, [pointer, pointer, pointer]),
         ("flex_redirect_end", None, []),
+        ("flex_remember", ctypes.c_int, [pointer, ctypes.POINTER(_Api)]),
+        ("flex_remember_end", None, []),
         ("flex_type_free", ctypes.c_int, [pointer]),
         ("flex_skeleton_open", pointer, [pointer, u64, u64]),
         ("flex_skeleton_close", ctypes.c_int, [pointer]),
@@ -126,6 +128,28 @@ class AbortFlag:
         self._value.value = int(value)
 
 
+def _api() -> _Api:
+    return _Api(
+        _address(ggml_base().ggml_backend_buffer_init),
+        _address(ggml_base().ggml_get_name),
+        _address(ggml_base().ggml_nbytes),
+        _data_offset(),
+    )
+
+
+@contextmanager
+def giving_back() -> Iterator[None]:
+    """Within the block, make one llama.cpp context: what it remembers then takes memory only for the tokens that are
+    there, and gives it back, zeroed, when it is cleared. Nothing else may allocate a ggml buffer meanwhile."""
+    with _redirecting:
+        if _native().flex_remember(ggml_base().ggml_backend_cpu_buffer_type(), ctypes.byref(_api())) != 0:
+            raise AssertionError("two contexts are being made at once")
+        try:
+            yield
+        finally:
+            _native().flex_remember_end()
+
+
 class Place(NamedTuple):
     """Where a tensor goes: bytes in the image. `repacked`: for ggml's repacked kernels (repack.py)."""
 
@@ -145,13 +169,7 @@ class ArenaBufferType:
     def __init__(self, name: str, base: int, places: Iterable[Place | tuple[str, int, int]]) -> None:
         """`name` must be unique in this process. A tuple is a `Place` that is not repacked."""
         rows = [Place(*place) for place in places]
-        api = _Api(
-            _address(ggml_base().ggml_backend_buffer_init),
-            _address(ggml_base().ggml_get_name),
-            _address(ggml_base().ggml_nbytes),
-            _data_offset(),
-        )
-        handle = _native().flex_type_new(name.encode(), base, ctypes.byref(api), len(rows))
+        handle = _native().flex_type_new(name.encode(), base, ctypes.byref(_api()), len(rows))
         if not handle:
             raise MemoryError
         self.handle = int(handle)

@@ -15,7 +15,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/types.h>
+#include <unistd.h>
 
 struct tensor; /* ggml_tensor: opaque, but for the one field at `data_at` */
 struct buffer;
@@ -183,6 +185,106 @@ void flex_redirect_end(void) {
     redirected.plain->iface = redirected.plain_was;
     redirected.repack->iface = redirected.repack_was;
     redirected.to = NULL;
+}
+
+/* What a context remembers of its tokens. While a context is made, and only then, the CPU buffer type hands out this
+ * memory instead of its own: when it is cleared, it is zeroed and its pages go back to the kernel, so that only tokens
+ * that are there take memory. */
+#define MADV_DONTNEED_LOCKED_ 24 /* Linux 5.18; plain DONTNEED refuses locked pages */
+
+struct memory {
+    uint8_t *base;
+    size_t size; /* whole pages */
+};
+
+static struct {
+    struct buffer_type *plain; /* NULL: not now */
+    struct buffer_type_i was;
+    struct ggml_api api;
+} remembering;
+
+/* Zero what is in memory, without taking any for it, and give it back. */
+static void give_back(const struct memory *m) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), most = 1024;
+    unsigned char there[1024];
+    for (size_t at = 0; at < m->size; at += most * page) {
+        size_t n = m->size - at < most * page ? m->size - at : most * page;
+        if (mincore(m->base + at, n, there) != 0)
+            memset(there, 1, sizeof there);
+        for (size_t i = 0; i < n / page; i++)
+            if (there[i] & 1)
+                memset(m->base + at + i * page, 0, page);
+    }
+    if (madvise(m->base, m->size, MADV_DONTNEED_LOCKED_) != 0)
+        madvise(m->base, m->size, MADV_DONTNEED); /* where that fails too, zeros stay */
+}
+
+static void *memory_base(struct buffer *b) { return ((struct memory *)b->context)->base; }
+static void memory_free(struct buffer *b) {
+    struct memory *m = b->context;
+    give_back(m);
+    munmap(m->base, m->size);
+    free(m);
+}
+static void memory_clear(struct buffer *b, uint8_t value) {
+    struct memory *m = b->context;
+    if (value == 0)
+        give_back(m);
+    else
+        memset(m->base, value, m->size);
+}
+static uint8_t *data_of(const struct tensor *t) {
+    return *(uint8_t *const *)((const uint8_t *)t + remembering.api.data_at);
+}
+static void memory_memset(struct buffer *b, struct tensor *t, uint8_t v, size_t o, size_t n) {
+    (void)b;
+    memset(data_of(t) + o, v, n);
+}
+static void memory_set(struct buffer *b, struct tensor *t, const void *d, size_t o, size_t n) {
+    (void)b;
+    memcpy(data_of(t) + o, d, n);
+}
+static void memory_get(struct buffer *b, const struct tensor *t, void *d, size_t o, size_t n) {
+    (void)b;
+    memcpy(d, data_of(t) + o, n);
+}
+
+static struct buffer *alloc_memory(struct buffer_type *t, size_t size) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    struct memory *m = malloc(sizeof *m);
+    if (m == NULL)
+        return NULL;
+    m->size = size ? (size + page - 1) / page * page : page;
+    m->base = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (m->base == MAP_FAILED) {
+        free(m);
+        return NULL;
+    }
+    madvise(m->base, m->size, MADV_DONTDUMP);
+    madvise(m->base, m->size, MADV_DONTFORK);
+    struct buffer_i iface = {
+        .free_buffer = memory_free, .get_base = memory_base, .memset_tensor = memory_memset,
+        .set_tensor = memory_set, .get_tensor = memory_get, .clear = memory_clear,
+    };
+    return remembering.api.buffer_init(t, iface, m, size);
+}
+
+/* -1 when another context is being made. */
+int flex_remember(struct buffer_type *plain, const struct ggml_api *api) {
+    if (remembering.plain != NULL)
+        return -1;
+    remembering.plain = plain;
+    remembering.was = plain->iface;
+    remembering.api = *api; /* stays: the buffers use it */
+    plain->iface.alloc_buffer = alloc_memory;
+    return 0;
+}
+
+void flex_remember_end(void) {
+    if (remembering.plain == NULL)
+        return;
+    remembering.plain->iface = remembering.was;
+    remembering.plain = NULL;
 }
 
 struct arena_type *flex_type_new(const char *name, void *base, const struct ggml_api *api, size_t count) {
