@@ -173,7 +173,7 @@ def draw_one(options: ColdStartOptions, path: Path, say: Say) -> None:
     try:
         timeline = record(
             model,
-            _prompt(seed, options.shape, options.prompt_tokens),
+            random_prompt(seed, options.shape, options.prompt_tokens),
             free,
             threads=settings.threads,
             context_tokens=settings.context_tokens,
@@ -227,7 +227,7 @@ def _make_sides(
         sealed += LAYOUT_SIDES
     else:
         bench.skipped |= {name: nothing for name in LAYOUT_SIDES if name in options.sides}
-    warm_up = _prompt(0, options.shape, options.prompt_tokens)
+    warm_up = random_prompt(0, options.shape, options.prompt_tokens)
     for name in sealed:
         if name not in options.sides:
             continue
@@ -252,7 +252,7 @@ def _make_sides(
         bench.sides.append(SealedSide(name, world, cold="resident" not in name))
 
 
-def _prompt(seed: int, shape: str, count: int) -> list[int]:
+def random_prompt(seed: int, shape: str, count: int) -> list[int]:
     """Uniformly random token ids."""
     ids = np.random.default_rng(seed).integers(0, shape_named(shape).vocabulary, count)
     return [int(token) for token in ids]
@@ -274,8 +274,8 @@ def _round(  # noqa: PLR0917
         say(f"other programs keep {busy:.1f} cores busy: these times are longer than this machine's")
     read_rate = max(rates.read_bytes_per_s(model.gguf, depth=STORAGE_DEPTH) for _ in range(2))
     say(f"{title}, seed {seed}, storage reads {read_rate / 1e9:.2f} GB/s")
-    short = _prompt(seed, options.shape, options.prompt_tokens)
-    long = _prompt(seed, options.shape, options.long_prompt_tokens or 0)
+    short = random_prompt(seed, options.shape, options.prompt_tokens)
+    long = random_prompt(seed, options.shape, options.long_prompt_tokens or 0)
     measured: dict[str, Measured] = {}
     for side in turned(sides, number):
         measured[side.name] = _measure(side, free, long if side.name in LONG_SIDES else short)

@@ -79,7 +79,7 @@ def reported_bytes() -> int | None:
         return None
 
 
-class _Block:
+class Block:
     """Touched memory of this process."""
 
     def __init__(self, length: int, *, huge: bool = True) -> None:
@@ -101,7 +101,7 @@ class _Block:
 
 def first_touch_s_per_gb(length: int, *, huge: bool) -> float:
     """Touch fresh memory and give it back."""
-    block = _Block(length, huge=huge)
+    block = Block(length, huge=huge)
     block.free()
     return block.touch_s / (length / 1e9)
 
@@ -110,11 +110,11 @@ class _Probe:
     """Fresh memory taken last of all. Kept until the next time: given back it would be backed memory."""
 
     def __init__(self) -> None:
-        self._block: _Block | None = None
+        self._block: Block | None = None
 
     def take(self) -> float:
         self.drop()
-        self._block = _Block(PROBE_BYTES)
+        self._block = Block(PROBE_BYTES)
         return self._block.touch_s / (PROBE_BYTES / 1e9)
 
     def drop(self) -> None:
@@ -132,7 +132,7 @@ class Backed:
     def __init__(self, need_bytes: int) -> None:
         """`need_bytes`: what a measurement may take at most, page cache included."""
         self._need = need_bytes
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block] = []
         self._probe = _Probe()
         self._prepare_s = 0.0
 
@@ -146,7 +146,7 @@ class Backed:
                 f"measuring this model takes {self._need >> 20} MiB of free memory, and there is less",
                 hint="end other programs, or measure a smaller shape",
             )
-        self._blocks += [_Block(BLOCK_BYTES) for _ in range(count)]
+        self._blocks += [Block(BLOCK_BYTES) for _ in range(count)]
         # What the side freed while it made itself ready is reported before the measurement, not during it.
         time.sleep(max(0.0, start + SETTLE_S - time.perf_counter()))
         self._prepare_s = time.perf_counter() - start

@@ -173,9 +173,11 @@ class SealedWorld:
         on_demand: bool = True,
         layout: bool = False,
         hardened: bool = True,
+        session_dir: Path | None = None,
     ) -> None:
         """`warm_up`: a prompt, answered twice to learn which threads compute. `layout`: from the device's own copy
-        in execution layout, which is made when there is none that fits."""
+        in execution layout, which is made when there is none that fits. `session_dir`: keep conversations, and save
+        them there; None: every prompt is computed from its first token."""
         self.model, self.settings, self.layout = model, settings, layout
         self._numbers = itertools.count()
         self._computing: frozenset[int] = frozenset()
@@ -186,9 +188,12 @@ class SealedWorld:
             context_tokens=settings.context_tokens,
             on_demand=on_demand,
             hardened=hardened,
+            session_dir=session_dir,
+            session_bytes=0 if session_dir is None else None,
         )
         try:
             self.world.start()
+            self.give_memory()
             source = model.source
             if layout:
                 source = replace(source, copy=model.copy, use_copy=True)
@@ -227,22 +232,33 @@ class SealedWorld:
             raise EngineFailure("the secure world has ended")
         return pid
 
+    def give_memory(self) -> None:
+        """Let the world hold as much as it wants: a recall has lowered its budget."""
+        if self.world.status().budget is not None:
+            self.world.budget(EVERYTHING, EVERYTHING, 0)
+
     def empty(self) -> None:
-        """No segment resident. Raises `EngineFailure` when one stays."""
+        """No segment resident, and no budget for one until the next answer. Raises `EngineFailure` when one stays."""
         self.world.recall(EVERYTHING).wait()
         if self.world.status().models[0].resident_bytes:
             raise EngineFailure("weights stay resident after a recall")
 
-    def ask(self, token_ids: list[int]) -> Sample:
-        """Answer once."""
-        request = Request(
+    def request(self, token_ids: list[int], output_tokens: int | None = None) -> Request:
+        """A greedy one that goes on to the last of its tokens."""
+        return Request(
             id=f"bench-{next(self._numbers)}",
             model=MODEL_NAME,
             token_ids=tuple(token_ids),
-            max_tokens=self.settings.output_tokens,
+            max_tokens=output_tokens or self.settings.output_tokens,
             ignore_eos=True,
             sampling=Sampling(temperature=0),
         )
+
+    def ask(self, token_ids: list[int], *, give: bool = True) -> Sample:
+        """Answer once; with `give`, with all the memory that it takes."""
+        if give:
+            self.give_memory()
+        request = self.request(token_ids)
         pid = self.pid
         before, busy_before = processor.thread_cpu_s(pid), processor.busy_s()
         used: dict[int, float] = {}

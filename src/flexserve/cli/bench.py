@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import Usage
+from . import bench_memory
+from .bench_options import DIRECTORY, JSON, default_directory, names
 from .common import human_bytes, print_json, progress_bar
 from .display import note, table
-
-
-def default_directory() -> Path:
-    """$XDG_CACHE_HOME/flexserve/bench, or below ~/.cache: models of gigabytes that can be made again."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "flexserve" / "bench"
 
 
 @click.group("bench")
 def command() -> None:
     """Measure FlexServe against plain llama.cpp on this machine, both sides in one run."""
-
-
-DIRECTORY = click.option(
-    "--directory",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Where models are kept for the next run. [default: ~/.cache/flexserve/bench]",
-)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-
-
-def _names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """A list with commas; empty when the option is not given."""
-    return tuple(name.strip() for name in value.split(",")) if value is not None else ()
 
 
 @command.command("cold-start")
@@ -48,13 +30,13 @@ def _names(_context: click.Context, _parameter: click.Parameter, value: str | No
 )
 @click.option(
     "--states",
-    callback=_names,
+    callback=names,
     default="backed,idle",
     show_default=True,
     help="The states of free memory before each start.",
 )
 @click.option(
-    "--sides", callback=_names, metavar="A,B", help="Measure only these. [default: all but unhardened_*]"
+    "--sides", callback=names, metavar="A,B", help="Measure only these. [default: all but unhardened_*]"
 )
 @click.option(
     "--plot",
@@ -191,3 +173,7 @@ def _ratio_table(ratios: dict[str, Any]) -> str:
         for name, r in ratios.items()
     ]
     return table(("RATIO", "VALUE", "BY ROUND"), rows, right=frozenset({"VALUE", "BY ROUND"}))
+
+
+for one in bench_memory.COMMANDS:
+    command.add_command(one)

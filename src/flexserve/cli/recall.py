@@ -44,6 +44,8 @@ def command(*, size: int | None, deadline_s: float, as_json: bool, admin_socket:
     click.echo(
         f"chosen  {human_bytes(done.chosen_bytes)} of {asked} after {milliseconds(done.answered_s)}{saved}\n"
         f"freed   {human_bytes(done.freed_bytes)}, the first after {milliseconds(done.first_byte_s)}, "
-        f"all after {milliseconds(done.done_s)}\n"
-        f"budget  {human_bytes(done.budget.soft_bytes)}, of which {human_bytes(done.budget.held_bytes)} are held"
+        f"all after {milliseconds(done.done_s)}"
     )
+    if done.budget is not None:
+        soft, held = human_bytes(done.budget.soft_bytes), human_bytes(done.budget.held_bytes)
+        click.echo(f"budget  {soft}, of which {held} are held")

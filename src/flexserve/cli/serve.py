@@ -104,6 +104,12 @@ class ModelOption(click.ParamType[Any]):
     metavar="DIR",
     help="Save conversations' KV there, encrypted, so that they outlive a restart. Default: they are kept in memory.",
 )
+@click.option(
+    "--memory-manager/--no-memory-manager",
+    default=True,
+    show_default=True,
+    help="Take memory back when the machine runs short of it, and give it when there is plenty (docs/memory.md).",
+)
 @no_copy_option
 @world_options
 @admin_socket_option
@@ -119,6 +125,7 @@ def command(
     api_key_file: Path | None,
     user: str | None,
     session_dir: Path | None,
+    memory_manager: bool,
     no_copy: bool,
     world_name: str,
     threads: int | None,
@@ -126,6 +133,7 @@ def command(
     admin_socket: Path | None,
 ) -> None:
     """Serve models over an OpenAI-compatible API (docs/api.md) until Ctrl-C or SIGTERM."""
+    from ..normal.manager import MemoryManager
     from ..server.gate import HostRule
     from ..server.gateway import Gateway
     from ..server.listen import AdminSocket, default_admin_path, is_loopback, listen_tcp, url
@@ -163,7 +171,11 @@ def command(
                 _warn_open(address, has_key=api_key is not None)
 
         hosts = HostRule(loopback=loopback, names=allowed_hosts)
-        Server(gateway, sock, hosts=hosts, admin=admin, api_key=api_key).run(ready)
+        manager = None
+        if memory_manager:
+            manager = stack.enter_context(closing(MemoryManager(world, note)))
+            manager.start()
+        Server(gateway, sock, hosts=hosts, admin=admin, api_key=api_key, manager=manager).run(ready)
 
 
 def _two_users(world: World, name: str | None) -> Callable[[], None]:

@@ -81,7 +81,7 @@ class _Recall:
             answered_s=recalling.answered_s,
             first_byte_s=recalled.first_byte_s,
             done_s=recalled.done_s,
-            budget=await self._gateway.budget(),
+            budget=(await self._gateway.status()).budget,
         )
         await send_whole(send, msgspec.json.encode(answer))
 

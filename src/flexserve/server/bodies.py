@@ -16,7 +16,8 @@ class RecallBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RecallAnswer(msgspec.Struct):
-    """Seconds since the call. `asked_bytes` None: everything was asked for."""
+    """Seconds since the call. `asked_bytes` None: everything was asked for. `budget` afterwards; None: the
+    world has none."""
 
     asked_bytes: int | None
     chosen_bytes: int
@@ -25,7 +26,7 @@ class RecallAnswer(msgspec.Struct):
     answered_s: float
     first_byte_s: float
     done_s: float
-    budget: Budget
+    budget: Budget | None
 
 
 class BudgetBody(msgspec.Struct, forbid_unknown_fields=True):

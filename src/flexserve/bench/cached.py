@@ -1,0 +1,55 @@
+"""How the time to the first token falls with the part of the model that is resident; and what refilling costs.
+
+The resident part is what recalls leave: the earliest segments in execution order, and of the embedding the rows of
+the prompt. Knows a running world that keeps no conversations; prints nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import machine
+from .sides import EVERYTHING, Sample, SealedWorld
+
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class CachedStart:
+    """One answer with a part of the weights resident."""
+
+    fraction: float  # that was to be resident
+    resident_bytes: int  # that was, before the request
+    sample: Sample
+
+
+def start(world: SealedWorld, token_ids: list[int], fraction: float, *, in_page_cache: bool) -> CachedStart:
+    """Answer twice: to have everything resident, and, after a recall, for the clock.
+
+    `in_page_cache`: the ciphertext of the rest is there; otherwise it is read from storage.
+    """
+    world.ask(token_ids)
+    model = world.world.status().models[0]
+    surplus = model.resident_bytes - round(fraction * model.info.weight_bytes)
+    for path in world.files:
+        (machine.warm if in_page_cache else machine.evict)(path)
+    if surplus > 0:
+        world.world.recall(EVERYTHING if fraction == 0 else surplus).wait()
+    resident = world.world.status().models[0].resident_bytes
+    if not in_page_cache:
+        for path in world.files:
+            machine.check_evicted(path)
+    return CachedStart(fraction, resident, world.ask(token_ids))
+
+
+def refill_bytes_per_s(world: SealedWorld, token_ids: list[int]) -> float:
+    """Of one core: bytes brought in from the page cache, by the processor time of whoever does not compute.
+
+    `token_ids`: one token, so that there is little to compute and everything to load.
+    """
+    for path in world.files:
+        machine.warm(path)
+    world.empty()
+    sample = world.ask(token_ids)
+    assert sample.compute_s is not None
+    return sample.read_bytes / max(sample.cpu_s - sample.compute_s, 1e-9)
