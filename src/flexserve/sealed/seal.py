@@ -14,7 +14,6 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from .keys import VendorKey
 from .layout import plan_layout
 from .model_rules import NOT_REVIEWED
 from .split import open_source
+from .workers import run_workers
 
 THREADS = 3  # two compute while one waits for the storage
 CHUNK_BYTES = SEGMENT_SIZE  # a multiple of every unit; what a thread works on at a time
@@ -246,20 +246,19 @@ class _Encryptor:
 
     def run(self, progress: Progress | None) -> bytes:
         """Returns the segment table. An error or an interrupt stops all threads first."""
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="seal") as pool:
-            try:  # from before the first thread: an interrupt must stop them whenever it comes
-                pending = {pool.submit(self._work) for _ in range(THREADS)}
-                while pending:
-                    finished, pending = wait(pending, timeout=0.1)
-                    for future in finished:
-                        future.result()
-                    if progress is not None:
-                        progress(self._done, self._total)
-            finally:
-                self._stop = True
-                pool.shutdown()
-                self._out.close()
+
+        def tick() -> None:
+            if progress is not None:
+                progress(self._done, self._total)
+
+        try:
+            run_workers(self._work, THREADS, "seal", tick=tick, stop=self._end)
+        finally:
+            self._out.close()
         return bytes(self._table)
+
+    def _end(self) -> None:
+        self._stop = True
 
     def _work(self) -> None:
         plaintext = page_buffer(CHUNK_BYTES)

@@ -10,7 +10,6 @@ import hashlib
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +19,7 @@ from .format import UNIT_BYTES, Manifest, RegionKind, SegmentRef
 from .gguf import GGUFHeader, check_model, parse_header
 from .layout import plan_layout
 from .reader import SealedModel, UnlockedModel, pread_exact
+from .workers import run_workers
 
 THREADS = 2
 Problem = Literal["unreadable", "hash", "tag"]
@@ -122,18 +122,16 @@ class _Checker:
 
     def run(self, progress: Progress | None) -> dict[int, Problem]:
         plan = self._sealed.manifest.plan
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="verify") as pool:
-            try:  # from before the first thread: an interrupt must stop them whenever it comes
-                pending = {pool.submit(self._work) for _ in range(THREADS)}
-                while pending:
-                    finished, pending = wait(pending, timeout=0.1)
-                    for future in finished:
-                        future.result()
-                    if progress is not None:
-                        progress(self._done, plan.file_bytes - plan.data_offset)
-            finally:
-                self._stop = True
+
+        def tick() -> None:
+            if progress is not None:
+                progress(self._done, plan.file_bytes - plan.data_offset)
+
+        run_workers(self._work, THREADS, "verify", tick=tick, stop=self._end)
         return self._problems
+
+    def _end(self) -> None:
+        self._stop = True
 
     def _work(self) -> None:
         ciphertext = memoryview(bytearray(max(UNIT_BYTES.values()) + TAG_BYTES))
