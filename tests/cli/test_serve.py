@@ -29,13 +29,13 @@ class Served:
         self.process = subprocess.Popen([*PROGRAM, *line.split()], stdout=-1, stderr=-1, text=True)
         assert self.process.stdout is not None
         self.ready = self.process.stdout.readline()
-        assert self.ready.startswith(READY), self.process.communicate(timeout=20)
+        assert self.ready.startswith(READY), self.process.communicate(timeout=60)
         self.url = self.ready.removeprefix(READY).split()[0]
 
     def end(self, number: int = signal.SIGTERM) -> str:
         """What it said on stderr."""
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=20)
+        out, err = self.process.communicate(timeout=60)
         assert (self.process.returncode, out) == (0, "")
         return err
 
@@ -195,7 +195,7 @@ def test_a_host_name_given_is_answered(serve: Serve) -> None:
 def test_a_server_killed_outright_does_not_block_the_next(serve: Serve, demo: Shell) -> None:
     first = serve()
     first.process.kill()
-    first.process.communicate(timeout=20)
+    first.process.communicate(timeout=60)
     assert (demo.directory / "p" / "a.sock").exists()
     assert "no FlexServe server answers" in demo.fails(3, "ps")
     serve()
@@ -211,7 +211,7 @@ def test_a_signal_while_models_are_registered_cleans_up(demo: Shell) -> None:
     )
     writer = os.open(fifo, os.O_WRONLY)  # waits until the server opens it, that is registers
     process.terminate()
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     os.close(writer)
     assert process.returncode == 130
     assert err.endswith("error: interrupted\n")

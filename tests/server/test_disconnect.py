@@ -21,7 +21,7 @@ from .running import Running, serving
 
 def until(condition: Callable[[], bool], what: str) -> None:
     """Poll: the other side of a socket has no event to wait for."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.002)
@@ -153,7 +153,7 @@ def test_slow_readers_do_not_delay_others(slow: Running) -> None:
         begun = time.monotonic()
         for _ in range(20):
             assert client.get("/health").json()["active_requests"] == 1
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 15  # the slow answer takes 20 s
 
 
 def test_the_event_loop_costs_little_per_token(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class SlowToQueue(FakeWorld):
         self.made: list[FakeGeneration] = []
 
     def generate(self, request: Request) -> FakeGeneration:
-        self.go.wait(10)
+        assert self.go.wait(30)
         self.made.append(super().generate(request))
         return self.made[0]
 
