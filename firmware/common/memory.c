@@ -17,7 +17,7 @@ void *memcpy(void *to, const void *from, size_t bytes) {
     u8 *out = to;
     const u8 *in = from;
     if (((uintptr_t)out | (uintptr_t)in) % 8 == 0)
-        for (; bytes >= 8; bytes -= 8, out += 8, in += 8)
+        _Pragma("GCC unroll 8") for (; bytes >= 8; bytes -= 8, out += 8, in += 8)
             *(u64 *)(void *)out = *(const u64 *)(const void *)in;
     while (bytes--)
         *out++ = *in++;

@@ -28,7 +28,7 @@ static void donate(struct monitor *m, struct call *call) {
         session_drop();
         return answer(call, op.status, op.bad);
     }
-    session_send(m, call, MSG_GIVEN, op.count, 0, 0);
+    session_send(m, call, MSG_GIVEN, op.count, op.pages, 0);
 }
 
 static void reclaim(struct monitor *m, struct call *call) {

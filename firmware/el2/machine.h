@@ -6,6 +6,8 @@
 
 /* Read normal memory. The caller has checked that the address is managed and UNPROTECTED. */
 u64 machine_read64(u64 address);
+/* Copy words of such memory, each read once. */
+void machine_copy(u64 *to, u64 from, u64 words);
 /* Zero one page. */
 void machine_zero_page(u64 address);
 /* What was written before is seen by table walks before what is written after. */

@@ -28,7 +28,7 @@ _Noreturn void el2_main(u64 cpu, bool build, u64 off) {
     if (build)
         pages_init(&monitor);
     write_reg(cptr_el2, 0x33ff); /* no traps of vector instructions */
-    write_reg(mdcr_el2, (read_reg(pmcr_el0) >> 11) & 31);
+    write_reg(mdcr_el2, (read_reg(pmcr_el0) >> 11 & 31) | (DEFENCE(D_COUNT) ? MDCR_NO_COUNT : 0));
     write_reg(cnthctl_el2, 3);
     write_reg(cntvoff_el2, 0);
     write_reg(hstr_el2, 0);

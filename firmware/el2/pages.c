@@ -19,13 +19,20 @@ static const u8 from_entry[] = {ENTRY_UNPROTECTED, ENTRY_FLEX, ENTRY_CLAIMED, EN
 static const u8 to_entry[] = {ENTRY_DONATING, ENTRY_CLAIMED, ENTRY_SCRUBBING, ENTRY_UNPROTECTED};
 
 static u64 page_of(u64 item) { return ((item & ~(u64)ABI_ITEM_BLOCK) - DRAM_BASE) / PAGE_SIZE; }
+/* The page's number when the item is a managed page and nothing else; otherwise no number of a page: bits below a page's
+ * size come to lie above all of them. One comparison in the loops over long lists. */
+static u64 plain_page(u64 item) {
+    u64 offset = item - DRAM_BASE;
+    return offset >> ABI_PAGE_SHIFT | offset << (64 - ABI_PAGE_SHIFT);
+}
 static u64 block_of(u64 item) { return page_of(item) / BLOCK_PAGES; }
 static bool is_block(u64 item) { return item & ABI_ITEM_BLOCK; }
 static u64 pages_in(u64 item) { return is_block(item) ? BLOCK_PAGES : 1; }
 
-/* Another CPU may look at an entry while we change it. */
-static u8 get(const struct monitor *m, u64 page) { return __atomic_load_n(&m->entry[page], __ATOMIC_ACQUIRE); }
-static void set(struct monitor *m, u64 page, u8 entry) { __atomic_store_n(&m->entry[page], entry, __ATOMIC_RELEASE); }
+/* Another CPU may look at an entry while we change it. Such a look decides nothing that a later one does not correct; the
+ * order that matters is made by the lock, by flushes, and by the fences of CHECK and ZERO (one per page costs too much). */
+static u8 get(const struct monitor *m, u64 page) { return __atomic_load_n(&m->entry[page], __ATOMIC_RELAXED); }
+static void set(struct monitor *m, u64 page, u8 entry) { __atomic_store_n(&m->entry[page], entry, __ATOMIC_RELAXED); }
 
 static void set_item(struct monitor *m, u64 item, u8 entry) {
     for (u64 i = 0, page = page_of(item); i < pages_in(item); i++)
@@ -57,14 +64,14 @@ static bool named_before(const struct page_op *op, u64 index) {
     return false;
 }
 
+/* What an operation adds to a block's count of guarded pages, for each page. */
+static inline int guard(u32 kind) { return kind == OP_DONATE ? 1 : kind == OP_RELEASE ? -1 : 0; }
+
 static void move(struct monitor *m, const struct page_op *op, u64 item, bool back) {
     if (!managed(item))
         return; /* only in a control */
     set_item(m, item, back ? from_entry[op->kind] : to_entry[op->kind]);
-    if (op->kind == OP_DONATE)
-        m->guarded[block_of(item)] += back ? -pages_in(item) : pages_in(item);
-    if (op->kind == OP_RELEASE)
-        m->guarded[block_of(item)] += back ? pages_in(item) : -pages_in(item);
+    m->guarded[block_of(item)] += (u16)((back ? -guard(op->kind) : guard(op->kind)) * (int)pages_in(item));
 }
 
 static s64 check_list(struct monitor *m, struct page_op *op) {
@@ -81,27 +88,58 @@ static s64 check_list(struct monitor *m, struct page_op *op) {
     return ABI_OK;
 }
 
-static s64 check_items(struct monitor *m, struct page_op *op) {
+/* Single pages in the state they should be in, from the list's start: how many there are. Most lists are nothing else. */
+static inline u64 move_plain(struct monitor *m, const u64 *items, u64 count, u8 from, u8 to, int guarded) {
     u64 i;
+    for (i = 0; i < count; i++) {
+        const u64 page = plain_page(items[i]);
+        if (__builtin_expect(page >= DRAM_PAGES || get(m, page) != from, 0))
+            break;
+        set(m, page, to);
+        if (guarded)
+            m->guarded[page / BLOCK_PAGES] += (u16)guarded;
+    }
+    return i;
+}
+
+static u64 check_plain(struct monitor *m, const struct page_op *op, u64 most) {
+    const u64 *const items = op->items, count = op->count < most ? op->count : most;
+#define MOVE(kind)                                                                                       \
+    case kind:                                                                                           \
+        return move_plain(m, items, count, from_entry[kind], to_entry[kind], guard(kind))
+    switch (op->kind) {
+        MOVE(OP_DONATE);
+        MOVE(OP_CLAIM);
+        MOVE(OP_SCRUB);
+        MOVE(OP_RELEASE);
+    }
+#undef MOVE
+    return 0;
+}
+
+static s64 check_items(struct monitor *m, struct page_op *op) {
+    const u64 wanted = op->kind == OP_DONATE && DEFENCE(D_WANTED) ? m->wanted : ~0ul;
     s64 status = ABI_OK;
-    for (i = 0; i < op->count && status == ABI_OK; i++) {
-        if (op->kind == OP_DONATE)
-            op->items[i] = machine_read64(op->list + i * sizeof(u64)); /* once: the list can change under us */
-        u64 item = op->items[i];
+    if (op->kind == OP_DONATE)
+        machine_copy(op->items, op->list, op->count); /* once: the list can change under us */
+    u64 i = check_plain(m, op, wanted), pages = i;
+    for (; i < op->count; i++) {
+        const u64 item = op->items[i];
         status = check_item(m, item, from_entry[op->kind]);
-        if (status == ABI_OK && op->kind == OP_DONATE && op->pages + pages_in(item) > m->wanted && DEFENCE(D_WANTED))
+        if (status == ABI_OK && pages + pages_in(item) > wanted)
             status = ABI_UNWANTED;
         if (status != ABI_OK)
             break;
         move(m, op, item, false);
-        op->pages += pages_in(item);
+        pages += pages_in(item);
     }
+    __atomic_thread_fence(__ATOMIC_ACQUIRE); /* what was written before an entry became what we saw */
+    op->pages = status == ABI_OK ? pages : 0;
     if (status == ABI_OK)
         return ABI_OK;
     if (status == ABI_STATE && named_before(op, i))
         status = ABI_DUPLICATE;
     op->bad = i;
-    op->pages = 0;
     while (i-- > 0)
         move(m, op, op->items[i], true);
     return status;
@@ -125,20 +163,38 @@ static void flush(struct monitor *m) {
         machine_flush();
 }
 
-/* The part of a phase that is about one item. */
-static void do_item(struct monitor *m, struct page_op *op, u64 item) {
-    if (!managed(item))
-        return; /* only in a control */
-    u64 page = page_of(item), block = block_of(item);
-    switch (program[op->kind][op->phase]) {
-    case BREAK:
 #ifdef CONTROLS
-        if (!DEFENCE(D_COPY)) {
-            item = machine_read64(op->list + op->next * sizeof(u64));
-            op->items[op->next] = item;
-            page = page_of(item);
-        }
+/* What measurements compare with: an invalidation for each page. */
+static void flush_each(struct monitor *m) {
+    if (!DEFENCE(M_BATCH))
+        flush(m);
+}
+
+/* The item that is in the normal world's list now, as a monitor would take it that reads the list twice. */
+static u64 read_again(const struct page_op *op, u64 *items, u64 i) {
+    if (!DEFENCE(D_COPY) && program[op->kind][op->phase] == BREAK)
+        items[i] = machine_read64(op->list + i * sizeof(u64));
+    return items[i];
+}
+#else
+static void flush_each(struct monitor *m) { (void)m; }
+#define read_again(op, items, i) ((items)[i])
 #endif
+
+static void zero(struct monitor *m, u64 item) {
+    for (u64 i = 0, page = page_of(item); i < pages_in(item) && DEFENCE(D_SCRUB); i++)
+        machine_zero_page(DRAM_BASE + (page + i) * PAGE_SIZE);
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    set_item(m, item, ENTRY_SCRUBBED);
+}
+
+/* The part of a phase that is about one item: a block, or a page that is not `plain`, which is one only in a control. */
+static void do_item(struct monitor *m, struct page_op *op, u32 phase, u64 item) {
+    const u64 page = page_of(item), block = block_of(item);
+    if (!managed(item))
+        return;
+    switch (phase) {
+    case BREAK:
         is_block(item) ? stage2_break_block(m, block) : stage2_break_page(m, page);
         break;
     case MAKE:
@@ -149,21 +205,66 @@ static void do_item(struct monitor *m, struct page_op *op, u64 item) {
         is_block(item) ? stage2_map_block(m, block) : stage2_map_page(m, page);
         break;
     case MERGE:
-        if (stage2_merge(m, block))
-            op->merges = true;
+        op->merges |= stage2_merge(m, block);
         break;
     case MERGED:
         if (m->form[block] == FORM_MERGING)
             stage2_merged(m, block);
         break;
     case ZERO:
-        for (u64 i = 0; i < pages_in(item) && DEFENCE(D_SCRUB); i++)
-            machine_zero_page(DRAM_BASE + (page + i) * PAGE_SIZE);
-        set_item(m, item, ENTRY_SCRUBBED);
-        break;
-    default:
+        zero(m, item);
         break;
     }
+}
+
+/* The same for a page, made to be part of a loop. */
+static inline void do_plain(struct monitor *m, struct page_op *op, u32 phase, u64 page) {
+    const u64 block = page / BLOCK_PAGES;
+    switch (phase) {
+    case BREAK:
+        stage2_break_page(m, page);
+        flush_each(m);
+        break;
+    case MAKE:
+        stage2_make(m, block);
+        set(m, page, ENTRY_FLEX);
+        break;
+    case MAP:
+        stage2_map_page(m, page);
+        flush_each(m);
+        break;
+    case MERGE:
+        if (__builtin_expect(stage2_merge(m, block), 0))
+            op->merges = true;
+        break;
+    }
+}
+
+/* From `next` to `end`, with a loop for each phase: lists are long. */
+static void do_items(struct monitor *m, struct page_op *op, u64 end) {
+    u64 *const items = op->items, first = op->next;
+#define EACH(phase)                                                \
+    case phase:                                                    \
+        for (u64 i = first; i < end; i++) {                        \
+            const u64 item = read_again(op, items, i);             \
+            const u64 page = plain_page(item);                     \
+            if (__builtin_expect(page < DRAM_PAGES, 1))            \
+                do_plain(m, op, phase, page);                      \
+            else                                                   \
+                do_item(m, op, phase, item);                       \
+        }                                                          \
+        break
+    const u32 phase = program[op->kind][op->phase];
+    switch (phase) {
+        EACH(BREAK);
+        EACH(MAKE);
+        EACH(MAP);
+        EACH(MERGE);
+    default:
+        for (u64 i = first; i < end; i++)
+            do_item(m, op, phase, items[i]);
+    }
+#undef EACH
 }
 
 static bool take_lock(struct monitor *m, u32 cpu) {
@@ -173,7 +274,8 @@ static bool take_lock(struct monitor *m, u32 cpu) {
 
 static void drop_lock(struct monitor *m) { __atomic_store_n(&m->lock, 0, __ATOMIC_RELEASE); }
 
-enum op_result op_step(struct monitor *m, struct page_op *op) {
+/* One step: of a phase about items at most so many of them. */
+static enum op_result advance(struct monitor *m, struct page_op *op, u64 most) {
     switch (program[op->kind][op->phase]) {
     case LOCK:
         if (!take_lock(m, op->cpu))
@@ -202,8 +304,13 @@ enum op_result op_step(struct monitor *m, struct page_op *op) {
     case END:
         return OP_DONE;
     default:
-        do_item(m, op, op->items[op->next]);
-        if (++op->next < op->count)
+        {
+            u64 end = most < op->count - op->next ? op->next + most : op->count;
+            if (program[op->kind][op->phase] != MERGED || op->merges)
+                do_items(m, op, end);
+            op->next = end;
+        }
+        if (op->next < op->count)
             return OP_MORE;
         op->next = 0;
     }
@@ -211,8 +318,10 @@ enum op_result op_step(struct monitor *m, struct page_op *op) {
     return program[op->kind][op->phase] == END ? OP_DONE : OP_MORE;
 }
 
+enum op_result op_step(struct monitor *m, struct page_op *op) { return advance(m, op, 1); }
+
 void op_run(struct monitor *m, struct page_op *op) {
-    while (op_step(m, op) != OP_DONE)
+    while (advance(m, op, ~0ul) != OP_DONE)
         ;
 }
 
@@ -251,7 +360,9 @@ const char *pages_wrong(const struct monitor *m) {
         u64 guarded = 0;
         for (u64 page = block * BLOCK_PAGES; page < (block + 1) * BLOCK_PAGES; page++) {
             u64 address = DRAM_BASE + page * PAGE_SIZE;
-            bool mapped = stage2_walk(&m->stage2, address) != 0;
+            bool mapped = stage2_walk(&m->stage2, address) != 0, valid = m->stage2.pages[block][page % BLOCK_PAGES] != 0;
+            if (!valid && m->form[block] != FORM_TABLE)
+                return "a table nobody walks does not map all of its block";
             guarded += m->entry[page] != ENTRY_UNPROTECTED;
             flex += m->entry[page] == ENTRY_FLEX;
             claimed += m->entry[page] == ENTRY_CLAIMED || m->entry[page] == ENTRY_SCRUBBED;

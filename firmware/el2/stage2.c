@@ -7,7 +7,7 @@
 #define TABLE 3ul /* at levels 1 and 2 */
 #define PAGE 3ul  /* at level 3 */
 #define BLOCK 1ul
-#define NORMAL_MEMORY ((0xful << 2) | (3ul << 6) | (3ul << 8) | (1ul << 10)) /* write-back, read-write, shareable, accessed */
+#define NORMAL_MEMORY STAGE2_MEMORY
 #define DEVICE_MEMORY ((0x1ul << 2) | (3ul << 6) | (1ul << 10) | (1ul << 54)) /* nGnRE, read-write, never executed */
 #define ADDRESS_MASK 0x0000fffffffff000ul
 #define GIB (1ul << 30)
@@ -27,6 +27,8 @@ void stage2_init(struct stage2 *s) {
     /* 0x09000000 is the first block after the tables above: the UART's page only. */
     s->devices[UART_BASE / BLOCK_SIZE] = table_at(s->uart_page);
     s->uart_page[0] = UART_BASE | DEVICE_MEMORY | PAGE;
+    for (u64 page = 0; page < DRAM_PAGES; page++)
+        s->pages[page / BLOCK_PAGES][page % BLOCK_PAGES] = stage2_descriptor(page);
     for (u64 block = 0; block < DRAM_BLOCKS; block++)
         s->dram[block] = (DRAM_BASE + block * BLOCK_SIZE) | NORMAL_MEMORY | BLOCK;
     s->l1[0] = table_at(s->devices);
@@ -42,11 +44,9 @@ void stage2_init(struct stage2 *s) {
     machine_table_barrier();
 }
 
-static u64 page_descriptor(u64 page) { return (DRAM_BASE + page * PAGE_SIZE) | NORMAL_MEMORY | PAGE; }
-
 static void fill(struct monitor *m, u64 block, bool mapped) {
     for (u64 i = 0; i < BLOCK_PAGES; i++)
-        m->stage2.pages[block][i] = mapped ? page_descriptor(block * BLOCK_PAGES + i) : 0;
+        m->stage2.pages[block][i] = mapped ? stage2_descriptor(block * BLOCK_PAGES + i) : 0;
 }
 
 static void link_table(struct monitor *m, u64 block) {
@@ -55,16 +55,9 @@ static void link_table(struct monitor *m, u64 block) {
     m->form[block] = FORM_TABLE;
 }
 
-void stage2_break_page(struct monitor *m, u64 page) {
-    u64 block = page / BLOCK_PAGES;
-    if (!DEFENCE(D_UNMAP))
-        return;
-    if (m->form[block] == FORM_BLOCK) {
-        m->stage2.dram[block] = 0;
-        fill(m, block, true);
-        m->form[block] = FORM_BROKEN;
-    }
-    m->stage2.pages[block][page % BLOCK_PAGES] = 0;
+void stage2_split(struct monitor *m, u64 block) {
+    m->stage2.dram[block] = 0;
+    m->form[block] = FORM_BROKEN;
 }
 
 void stage2_break_block(struct monitor *m, u64 block) {
@@ -74,20 +67,11 @@ void stage2_break_block(struct monitor *m, u64 block) {
     m->form[block] = FORM_NONE;
 }
 
-void stage2_make(struct monitor *m, u64 block) {
-    if (m->form[block] == FORM_BROKEN)
-        link_table(m, block);
-}
+void stage2_link(struct monitor *m, u64 block) { link_table(m, block); }
 
-void stage2_map_page(struct monitor *m, u64 page) {
-    u64 block = page / BLOCK_PAGES;
-    if (m->form[block] == FORM_BLOCK)
-        return; /* only in a control that left it mapped */
-    if (m->form[block] == FORM_NONE) {
-        fill(m, block, false);
-        link_table(m, block);
-    }
-    m->stage2.pages[block][page % BLOCK_PAGES] = page_descriptor(page);
+void stage2_table(struct monitor *m, u64 block) {
+    fill(m, block, false);
+    link_table(m, block);
 }
 
 void stage2_map_block(struct monitor *m, u64 block) {
@@ -95,14 +79,6 @@ void stage2_map_block(struct monitor *m, u64 block) {
         stage2_merged(m, block);
     else if (m->form[block] == FORM_TABLE)
         fill(m, block, true); /* it was taken page by page; stage2_merge follows */
-}
-
-bool stage2_merge(struct monitor *m, u64 block) {
-    if (m->form[block] != FORM_TABLE || m->guarded[block] != 0)
-        return false;
-    m->stage2.dram[block] = 0;
-    m->form[block] = FORM_MERGING;
-    return true;
 }
 
 void stage2_merged(struct monitor *m, u64 block) {

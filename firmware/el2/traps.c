@@ -8,26 +8,12 @@
 #include "defences.h"
 #include "el2.h"
 #include "frame.h"
+#include "inject.h"
 #include "machine.h"
 #include "stage2.h"
 
-#define ESR_LENGTH (1ul << 25)
 #define FAULT_ALIGNMENT 0x21 /* Linux turns it into SIGBUS or EFAULT in most places; docs/firmware.md */
 #define FAULT_EXTERNAL 0x10
-
-/* EL1 takes an exception as if the machine had raised it. */
-static void inject(struct frame *f, u64 esr, u64 far) {
-    u64 level = SPSR_LEVEL(f->spsr);
-    u64 offset = level == 1 ? (f->spsr & 1 ? 0x200 : 0) : f->spsr & 0x10 ? 0x600 : 0x400;
-    write_reg(esr_el1, esr);
-    write_reg(far_el1, far);
-    write_reg(elr_el1, f->elr);
-    write_reg(spsr_el1, f->spsr);
-    f->elr = read_reg(vbar_el1) + offset;
-    f->spsr = MODE_EL1H;
-}
-
-static void inject_undefined(struct frame *f) { inject(f, ESR_LENGTH, 0); }
 
 static void inject_abort(struct frame *f, u64 esr) {
     bool from_el1 = SPSR_LEVEL(f->spsr) == 1, data = EC(esr) == EC_DATA_ABORT;
@@ -117,7 +103,12 @@ static void smc_of_el1(struct frame *f) {
 }
 
 static void hvc_of_el1(struct frame *f, u32 cpu) {
-    struct call call = {.cpu = cpu, .arg = {f->x[1], f->x[2], f->x[3], f->x[4]}};
+    struct call call;
+    call.cpu = cpu;
+    for (u64 i = 0; i < COUNT(call.arg); i++)
+        call.arg[i] = f->x[i + 1];
+    for (u64 i = 0; i < RESULTS; i++)
+        call.result[i] = 0; /* one by one: an initialiser becomes a call of memset, half of a short call's time */
     call_normal(&monitor, f->x[0] >> 32 ? 0 : (u32)f->x[0], &call);
     for (u64 i = 0; i < RESULTS; i++)
         f->x[i] = call.result[i];

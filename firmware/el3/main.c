@@ -3,6 +3,7 @@
 
 #include "../common/uart.h"
 #include "digests.h"
+#include "inject.h"
 #include "psci.h"
 #include "sha256.h"
 
@@ -95,13 +96,13 @@ _Noreturn void el3_main(u32 cpu) {
     if (cpu == 0)
         mmu_build();
     mmu_on();
+#ifdef CONTROLS
+    defences_off = defences_in_flash.off;
+#endif
     write_reg(cptr_el3, 0);
-    write_reg(mdcr_el3, 1ul << 16); /* no debug exceptions, and no counting, in the secure world */
+    write_reg(mdcr_el3, MDCR_NO_SECURE_DEBUG | (DEFENCE(D_COUNT) ? 0 : MDCR_SECURE_COUNT)); /* nor counting there */
     write_reg(cnthctl_el2, 3);
     if (cpu == 0) {
-#ifdef CONTROLS
-        defences_off = defences_in_flash.off;
-#endif
         gic_init_distributor();
         load_images();
         __atomic_store_n(&el3_awake, 1, __ATOMIC_RELEASE);
@@ -162,6 +163,8 @@ void el3_exception(struct frame *f, u64 vector) {
         } else {
             smc_from_el1(f, cpu);
         }
+    } else if (vector == 8 && EC(read_reg(esr_el3)) == EC_REGISTER && !secure && SPSR_LEVEL(f->spsr) < 2 && DEFENCE(D_TRAPS)) {
+        inject_undefined(f); /* a register of group-0 interrupts */
     } else if (vector == 10 || vector == 14) { /* FIQ */
         if (gic_acknowledge() == RENDEZVOUS_SGI)
             rendezvous_answer(f, cpu);

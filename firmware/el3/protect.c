@@ -11,7 +11,8 @@ enum order { HOLD, GO_ON, TURN_OFF, TURN_ON };
 static u32 rebuilder; /* the CPU whose EL2 builds while the others are held, plus 1 */
 
 static struct {
-    u32 lock, order, here, busy; /* here: CPUs that arrived; busy: those that were in EL2 or in the secure world */
+    u32 lock, order; /* asked: CPUs that have not come yet; here: that came; busy: those that were in EL2 or the secure world */
+    u32 asked, here, busy;
 } rendezvous;
 
 bool rendezvous_lock(void) {
@@ -30,6 +31,7 @@ static bool gather(u32 cpu) {
     u32 others = __atomic_load_n(&online, __ATOMIC_ACQUIRE) & ~(1u << cpu);
     rendezvous.here = rendezvous.busy = 0;
     __atomic_store_n(&rendezvous.order, HOLD, __ATOMIC_RELEASE);
+    __atomic_store_n(&rendezvous.asked, others, __ATOMIC_RELEASE);
     for (u32 other = 0; other < MAX_CPUS; other++)
         if (others >> other & 1)
             gic_interrupt(other);
@@ -52,8 +54,13 @@ static void stage2_off(void) {
     __asm__ volatile("tlbi alle1\n dsb sy\n isb" : : : "memory");
 }
 
-/* Another CPU called. Reached from EL1 of the normal world, from EL2 or from the secure world. */
+/* Another CPU called. Reached from EL1 of the normal world, from EL2 or from the secure world.
+ *
+ * Or nobody did: the interrupt that wakes a parked CPU can come after that CPU has seen by itself that it is wanted. It
+ * would wait here for an order nobody gives, or follow an old one; so only those answer who were asked. */
 void rendezvous_answer(struct frame *f, u32 cpu) {
+    if (!(__atomic_fetch_and(&rendezvous.asked, ~(1u << cpu), __ATOMIC_ACQ_REL) >> cpu & 1) && DEFENCE(D_STRAY))
+        return;
     if (!el1_of_normal_world(f))
         __atomic_fetch_or(&rendezvous.busy, 1u << cpu, __ATOMIC_ACQ_REL);
     __atomic_fetch_or(&rendezvous.here, 1u << cpu, __ATOMIC_ACQ_REL);

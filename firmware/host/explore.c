@@ -43,6 +43,8 @@ static void fail(const char *why) {
     exit(1);
 }
 
+static bool walked(u32 form) { return form == FORM_TABLE || form == FORM_BROKEN; }
+
 static void load(const struct state *s) {
     monitor.lock = s->lock;
     monitor.ticket = 1;
@@ -52,7 +54,7 @@ static void load(const struct state *s) {
         monitor.form[b] = s->form[b];
         monitor.guarded[b] = 0;
         for (u64 i = 0; i < BLOCK_PAGES; i++) /* the descriptor's bits do not matter here, only that it is valid */
-            monitor.stage2.pages[b][i] = s->others_in_table[b] ? 3 : 0;
+            monitor.stage2.pages[b][i] = s->others_in_table[b] || !walked(s->form[b]) ? 3 : 0;
         monitor.stage2.dram[b] = 0;
         if (s->in_dram[b])
             monitor.stage2.dram[b] = s->form[b] == FORM_TABLE ? (u64)(uintptr_t)monitor.stage2.pages[b] | 3 : 1;
@@ -61,7 +63,7 @@ static void load(const struct state *s) {
         u64 block = pages[i] / BLOCK_PAGES;
         monitor.entry[pages[i]] = s->entry[i];
         monitor.guarded[block] += s->entry[i] != ENTRY_UNPROTECTED;
-        monitor.stage2.pages[block][pages[i] % BLOCK_PAGES] = s->in_table[i] ? 3 : 0;
+        monitor.stage2.pages[block][pages[i] % BLOCK_PAGES] = s->in_table[i] || !walked(s->form[block]) ? 3 : 0;
         cached[pages[i]] = s->cached[i];
         memory[pages[i]][0] = s->secret[i];
     }
@@ -85,15 +87,15 @@ static void save(struct state *s, const u8 busy[2], const u8 list[2]) {
     for (u64 b = 0; b < 2; b++) {
         s->form[b] = monitor.form[b];
         s->in_dram[b] = monitor.stage2.dram[b] != 0;
-        /* A table nobody walks is filled before it is linked: what is in it is no part of the state. */
-        bool walked = monitor.form[b] == FORM_TABLE || monitor.form[b] == FORM_BROKEN;
-        s->others_in_table[b] = walked && monitor.stage2.pages[b][5] != 0;
-        for (u64 i = 3; i < BLOCK_PAGES && walked; i++)
-            if ((monitor.stage2.pages[b][i] != 0) != s->others_in_table[b])
+        /* A table nobody walks maps all of its block: what is in it is no part of the state. */
+        bool table = walked(monitor.form[b]);
+        s->others_in_table[b] = table && monitor.stage2.pages[b][5] != 0;
+        for (u64 i = 3; i < BLOCK_PAGES; i++)
+            if ((monitor.stage2.pages[b][i] != 0) != (s->others_in_table[b] || !table))
                 fail("pages nobody named differ");
         for (u64 i = 0; i < 3; i++)
             if (pages[i] / BLOCK_PAGES == b)
-                s->in_table[i] = walked && monitor.stage2.pages[b][pages[i] % BLOCK_PAGES] != 0;
+                s->in_table[i] = table && monitor.stage2.pages[b][pages[i] % BLOCK_PAGES] != 0;
     }
     u16 guarded[2] = {0, 0};
     for (u64 i = 0; i < 3; i++) {

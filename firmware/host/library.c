@@ -53,24 +53,28 @@ s64 monitor_call(u32 id, u64 arg, u64 *value) {
     return os_answer.status;
 }
 
-void flexmem_map(u64 address, u64 bytes) {
-    for (u64 page = (address - DRAM_BASE) / PAGE_SIZE; bytes; page++, bytes -= PAGE_SIZE) {
-        if (mapped_by_os[page] || cached[page])
-            broken = "a page is given that is in use";
-        mapped_by_os[page] = 1;
-        memory[page][0] = memory[page][511] = 0x5ec7e7; /* a secret */
+void flexmem_map(const u64 *items, u64 count) {
+    for (u64 i = 0; i < count; i++) {
+        u64 bytes = item_bytes(items[i]);
+        for (u64 page = (item_address(items[i]) - DRAM_BASE) / PAGE_SIZE; bytes; page++, bytes -= PAGE_SIZE) {
+            if (mapped_by_os[page] || cached[page])
+                broken = "a page is given that is in use";
+            mapped_by_os[page] = 1;
+            memory[page][0] = memory[page][511] = 0x5ec7e7; /* a secret */
+        }
     }
 }
 
-void flexmem_unmap(u64 address, u64 bytes) {
-    for (u64 page = (address - DRAM_BASE) / PAGE_SIZE; bytes; page++, bytes -= PAGE_SIZE) {
-        if (!mapped_by_os[page])
-            broken = "a page is taken that was not given";
-        mapped_by_os[page] = 0;
+void flexmem_unmap(const u64 *items, u64 count) {
+    for (u64 i = 0; i < count; i++) {
+        u64 bytes = item_bytes(items[i]);
+        for (u64 page = (item_address(items[i]) - DRAM_BASE) / PAGE_SIZE; bytes; page++, bytes -= PAGE_SIZE) {
+            if (!mapped_by_os[page])
+                broken = "a page is taken that was not given";
+            mapped_by_os[page] = 0;
+        }
     }
 }
-
-void flexmem_unmapped(void) {}
 
 static void serve(void) {
     struct reply reply = {.status = ABI_NOT_SUPPORTED};

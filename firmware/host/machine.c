@@ -10,6 +10,10 @@ u8 cached[DRAM_PAGES];
 u64 mailbox[ABI_MAX_BATCH];
 
 u64 machine_read64(u64 address) { return memory[(address - DRAM_BASE) / PAGE_SIZE][address / 8 % 512]; }
+void machine_copy(u64 *to, u64 from, u64 words) {
+    for (u64 i = 0; i < words; i++)
+        to[i] = machine_read64(from + i * sizeof(u64));
+}
 void machine_zero_page(u64 address) { memset(memory[(address - DRAM_BASE) / PAGE_SIZE], 0, PAGE_SIZE); }
 void machine_table_barrier(void) {}
 void machine_flush(void) { memset(cached, 0, sizeof(cached)); }

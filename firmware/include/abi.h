@@ -34,7 +34,7 @@
 
 /* Messages to the trusted OS */
 #define MSG_SERVICE 1 /* x2 service, x3 and x4 its arguments */
-#define MSG_GIVEN 2 /* x2 items in the mailbox were donated */
+#define MSG_GIVEN 2 /* x2 items in the mailbox were donated, x3 pages in all */
 #define MSG_TAKE 3 /* x2 pages to give back, x3 mode */
 #define MSG_WORK 4 /* x2 pages at most to scrub and release */
 #define MSG_HURRY 5 /* x2 address of a CLAIMED page the normal world waits for */

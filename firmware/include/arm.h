@@ -17,8 +17,13 @@
 #define EC(esr) ((esr) >> 26)
 #define EC_HVC 0x16
 #define EC_SMC 0x17
+#define EC_REGISTER 0x18
 #define EC_INSTRUCTION_ABORT 0x20
 #define EC_DATA_ABORT 0x24
+
+#define MDCR_NO_SECURE_DEBUG (1ul << 16)
+#define MDCR_SECURE_COUNT (1ul << 17) /* EL3's register */
+#define MDCR_NO_COUNT (1ul << 17)     /* EL2's */
 
 /* Stage 1, 4 KiB granule, 4 GiB of addresses: tables start at level 1. */
 #define S1_TABLE 3ul

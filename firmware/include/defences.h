@@ -24,6 +24,10 @@
 #define D_RESET (1u << 16)   /* Flex-Mem is zeroed before a reset */
 #define D_ENTRY (1u << 17)   /* CPU_ON enters UNPROTECTED memory at EL1 only */
 #define D_VECTORS (1u << 18) /* a switch of worlds changes the vector registers, too */
+#define D_STRAY (1u << 19)   /* EL3's interrupt without a question is ignored */
+#define D_TRAPS (1u << 20)   /* what EL1 must not touch and the machine brings to EL3 is undefined for it */
+#define D_COUNT (1u << 21)   /* performance counters stop in the secure world and in EL2 */
+#define M_BATCH (1u << 31)   /* no defence: `tz bench` compares with one TLB invalidation per page */
 
 #ifdef CONTROLS
 extern u64 defences_off;

@@ -51,6 +51,11 @@ void alias_table(u64 physical) {
     __asm__ volatile("dsb ishst\n tlbi vmalle1is\n dsb ish\n isb" : : : "memory");
 }
 
+void alias_more(u64 index, u64 table) {
+    alias1[index] = table | S1_TABLE;
+    forget(ALIAS + index * BLOCK_SIZE);
+}
+
 u64 load(u64 address, u64 unused) {
     (void)unused;
     return *(volatile u64 *)address;
@@ -94,10 +99,12 @@ void start_second_cpu(void) {
         pause();
 }
 
+void second_leaves(void) { set_job(0); }
+
 static u64 cpu_off(u64 a, u64 b) {
     (void)a;
     (void)b;
-    set_job(0);
+    second_leaves();
     return (u64)call_firmware(PSCI_CPU_OFF, 0, 0, 0, NULL);
 }
 
@@ -123,6 +130,20 @@ u64 second_end(u64 *value) {
     *value = job.value;
     set_job(1);
     return esr;
+}
+
+/* The CPU was turned on: it takes a job and finishes it. */
+bool second_answers(function f, u64 ticks) {
+    u64 until = read_reg(cntpct_el0) + ticks, value;
+    while (job_state() != 1)
+        if (read_reg(cntpct_el0) > until)
+            return false;
+    second_begin(f, 0, 0);
+    while (job_state() != 3)
+        if (read_reg(cntpct_el0) > until)
+            return false;
+    second_end(&value);
+    return true;
 }
 
 u64 on_second(function f, u64 a, u64 b, u64 *value) {
@@ -165,7 +186,7 @@ static bool same(const char *a, const char *b) {
 }
 
 static const struct attack *find(const char *id) {
-    const struct attack *const tables[] = {memory_attacks, call_attacks, protect_attacks, system_attacks};
+    const struct attack *const tables[] = {memory_attacks, call_attacks, protect_attacks, system_attacks, debug_attacks};
     for (u64 i = 0; i < COUNT(tables); i++)
         for (const struct attack *attack = tables[i]; attack->id; attack++)
             if (same(attack->id, id))
@@ -202,6 +223,19 @@ static void run(const char *id, bool twin) {
     clean_up();
 }
 
+static void measure(const char *id) {
+    for (const struct bench *bench = benches; bench->id; bench++)
+        if (same(bench->id, id)) {
+            bench->run();
+            say("timed ");
+            say(id);
+            say("\n");
+            clean_up();
+            return;
+        }
+    say("unknown measurement\n");
+}
+
 _Noreturn void normal_main(u64 cpu) {
     if (cpu == 0)
         build_map();
@@ -211,10 +245,13 @@ _Noreturn void normal_main(u64 cpu) {
     say("attacker ready\n");
     for (;;) {
         char line[64];
-        read_line(line, sizeof(line)); /* "real ID", "twin ID", "off" */
+        read_line(line, sizeof(line)); /* "real ID", "twin ID", "time NAME", "off" */
         if (same(line, "off"))
             call_firmware(PSCI_SYSTEM_OFF, 0, 0, 0, NULL);
         line[4] = 0;
-        run(line + 5, same(line, "twin"));
+        if (same(line, "time"))
+            measure(line + 5);
+        else
+            run(line + 5, same(line, "twin"));
     }
 }

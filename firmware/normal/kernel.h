@@ -27,11 +27,15 @@ void start_second_cpu(void);
 void stop_second_cpu(void);
 void second_begin(function f, u64 a, u64 b); /* and go on here */
 u64 second_end(u64 *value);
+void second_leaves(void); /* said by the second CPU itself, before it goes off */
+bool second_answers(function f, u64 ticks); /* within so much time */
 u64 on_second(function f, u64 a, u64 b, u64 *value);
 /* Map ALIAS to a physical address with the given stage-1 descriptor bits, as a page or as a block. */
 void alias_map(u64 physical, u64 bits, bool block);
 /* Make the second-level table of ALIAS lie at this physical address. */
 void alias_table(u64 physical);
+/* Make the index'th second-level entry of ALIAS a table of pages. */
+void alias_more(u64 index, u64 table);
 void forget(u64 address);
 u64 load(u64 address, u64 unused);
 u64 store(u64 address, u64 value);
@@ -59,6 +63,12 @@ struct attack {
     const char *id;
     bool (*run)(struct outcome *out, bool twin);
 };
-extern const struct attack memory_attacks[], call_attacks[], protect_attacks[], system_attacks[];
+extern const struct attack memory_attacks[], call_attacks[], protect_attacks[], system_attacks[], debug_attacks[];
+/* Measurements: `time NAME` on the UART. */
+struct bench {
+    const char *id;
+    void (*run)(void);
+};
+extern const struct bench benches[];
 bool faulted(struct outcome *out, u64 esr, u64 value, const char *otherwise);
 #endif

@@ -2,12 +2,17 @@
 
 #define SLICE_PAGES 512 /* so many pages between two points where an interrupt can stop us */
 
+static u64 pages_of(const u64 *items, u64 count) {
+    u64 pages = 0;
+    for (u64 i = 0; i < count; i++)
+        pages += item_bytes(items[i]) / PAGE_SIZE;
+    return pages;
+}
+
 static void given(struct flexmem *f, u64 count) {
-    for (u64 i = 0; i < count; i++) {
-        u64 item = flexmem_mailbox[i];
-        flexmem_map(item_address(item), item_bytes(item));
-        f->holding[f->held++] = item;
-    }
+    flexmem_map(flexmem_mailbox, count);
+    memcpy(f->holding + f->held, flexmem_mailbox, count * sizeof(u64));
+    f->held += (u32)count;
 }
 
 /* The last block held becomes pages, so that part of it can go. */
@@ -17,27 +22,27 @@ static void split_last(struct flexmem *f) {
         f->holding[f->held++] = base + i * PAGE_SIZE;
 }
 
-/* Pages chosen from the end of the holdings: unmapped here, CLAIMED there. At most one mailbox full. */
+/* Pages chosen from the end of the holdings: unmapped here, CLAIMED there. At most one mailbox full, and none before a
+ * block of which only a part is to go. */
 static s64 choose(struct flexmem *f, u64 pages, u64 *chosen) {
-    u64 count = 0;
+    u64 *const claims = f->claim + f->claimed, value, count = 0, taken = 0;
     *chosen = 0;
-    while (f->held > 0 && count < ABI_MAX_BATCH && *chosen < pages) {
-        u64 item = f->holding[f->held - 1];
-        if (item_bytes(item) / PAGE_SIZE > pages - *chosen) {
-            split_last(f);
-            continue;
-        }
-        f->held--;
-        flexmem_unmap(item_address(item), item_bytes(item));
-        flexmem_mailbox[count++] = item;
-        *chosen += item_bytes(item) / PAGE_SIZE;
+    if (f->held > 0 && f->holding[f->held - 1] & ABI_ITEM_BLOCK && pages < BLOCK_PAGES)
+        split_last(f);
+    for (const u64 *item = f->holding + f->held; count < f->held && count < ABI_MAX_BATCH && taken < pages; count++) {
+        const u64 size = *--item & ABI_ITEM_BLOCK ? BLOCK_PAGES : 1;
+        if (size > pages - taken)
+            break;
+        taken += size;
     }
-    flexmem_unmapped();
     if (count == 0)
         return ABI_OK;
-    for (u64 i = 0; i < count; i++)
-        f->claim[f->claimed++] = flexmem_mailbox[i];
-    u64 value;
+    f->held -= (u32)count;
+    memcpy(claims, f->holding + f->held, count * sizeof(u64));
+    f->claimed += (u32)count;
+    flexmem_unmap(claims, count);
+    memcpy(flexmem_mailbox, claims, count * sizeof(u64));
+    *chosen = taken;
     return monitor_call(SCALL_CLAIM, count, &value);
 }
 
@@ -57,14 +62,15 @@ static s64 work(struct flexmem *f, u64 pages, u64 *released) {
     while (from < f->claimed && *released < pages && status == ABI_OK) {
         u64 count = 0, slice = 0, done = 0;
         while (from < f->claimed && slice < SLICE_PAGES && *released + slice < pages) {
-            flexmem_mailbox[count++] = f->claim[from];
-            slice += item_bytes(f->claim[from++]) / PAGE_SIZE;
+            const u64 item = f->claim[from++];
+            flexmem_mailbox[count++] = item;
+            slice += item & ABI_ITEM_BLOCK ? BLOCK_PAGES : 1;
         }
         status = scrub_and_release(count, &done);
         *released += done;
     }
     f->claimed -= (u32)from;
-    for (u64 i = 0; i < f->claimed; i++)
+    for (u64 i = 0; i < f->claimed && from; i++)
         f->claim[i] = f->claim[i + from];
     return status;
 }
@@ -100,22 +106,17 @@ static s64 hurry(struct flexmem *f, u64 address) {
 bool flexmem_message(struct flexmem *f, const u64 message[4], struct reply *reply) {
     reply->value[0] = reply->value[1] = 0;
     switch (message[0]) {
-    case MSG_GIVEN: {
-        u64 count = message[1], pages = 0;
-        given(f, count);
-        for (u64 i = 0; i < count; i++)
-            pages += item_bytes(flexmem_mailbox[i]) / PAGE_SIZE;
+    case MSG_GIVEN:
         reply->status = ABI_OK;
-        reply->value[0] = pages;
+        reply->value[0] = message[2];
+        given(f, message[1]);
         return true;
-    }
     case MSG_TAKE:
         reply->status = take(f, message[1], message[2], &reply->value[0]);
         return true;
     case MSG_WORK:
         reply->status = work(f, message[1], &reply->value[0]);
-        for (u64 i = 0; i < f->claimed; i++)
-            reply->value[1] += item_bytes(f->claim[i]) / PAGE_SIZE;
+        reply->value[1] = pages_of(f->claim, f->claimed);
         return true;
     case MSG_HURRY:
         reply->status = hurry(f, message[1]);

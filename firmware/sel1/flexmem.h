@@ -18,9 +18,9 @@ struct reply {
 };
 
 /* What flexmem.c needs: mapping in its own tables, and calls to the monitor. */
-void flexmem_map(u64 address, u64 bytes);
-void flexmem_unmap(u64 address, u64 bytes);
-void flexmem_unmapped(void); /* make unmapping visible: one TLB invalidation */
+void flexmem_map(const u64 *items, u64 count);
+void flexmem_unmap(const u64 *items, u64 count); /* with one TLB invalidation for all */
+void *memcpy(void *to, const void *from, size_t bytes);
 s64 monitor_call(u32 id, u64 arg, u64 *value);
 extern u64 *const flexmem_mailbox;
 

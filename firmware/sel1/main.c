@@ -37,20 +37,28 @@ static void build_map(void) {
     isb();
 }
 
-static u64 *slot(u64 address) { return &flex[(address - DRAM_BASE) / BLOCK_SIZE][address / PAGE_SIZE % 512]; }
+/* Entries of `flex`, which follow each other as the pages do. Valid entries get `bits`. */
+static inline void set_entries(const u64 *items, u64 count, bool valid) {
+    const u64 bits = DATA | S1_NORMAL_WORLD | S1_PAGE;
+    u64 *const entries = flex[0];
+    for (u64 i = 0; i < count; i++) {
+        const u64 item = items[i], first = (item - DRAM_BASE) / PAGE_SIZE;
+        entries[first] = valid ? item | bits : 0; /* of a block this is bit 0, too */
+        if (__builtin_expect(item & ABI_ITEM_BLOCK, 0))
+            for (u64 j = 1; j < BLOCK_PAGES; j++)
+                entries[first + j] = valid ? (item + j * PAGE_SIZE) | bits : 0;
+    }
+}
 
-void flexmem_map(u64 address, u64 bytes) {
-    for (u64 at = address; at < address + bytes; at += PAGE_SIZE)
-        *slot(at) = at | DATA | S1_NORMAL_WORLD | S1_PAGE;
+void flexmem_map(const u64 *items, u64 count) {
+    set_entries(items, count, true);
     __asm__ volatile("dsb ishst\n isb" : : : "memory");
 }
 
-void flexmem_unmap(u64 address, u64 bytes) {
-    for (u64 at = address; at < address + bytes; at += PAGE_SIZE)
-        *slot(at) = 0;
+void flexmem_unmap(const u64 *items, u64 count) {
+    set_entries(items, count, false);
+    __asm__ volatile("dsb ishst\n tlbi vmalle1is\n dsb ish\n isb" : : : "memory");
 }
-
-void flexmem_unmapped(void) { __asm__ volatile("dsb ishst\n tlbi vmalle1is\n dsb ish\n isb" : : : "memory"); }
 
 static void smc(u64 r[4]) {
     register u64 x0 __asm__("x0") = r[0];

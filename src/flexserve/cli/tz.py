@@ -1,4 +1,4 @@
-"""`flexserve tz`: the trustzone world. So far: boot it, attack it."""
+"""`flexserve tz`: the trustzone world. So far: boot it, attack it, measure it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from .common import print_json
 
-NOT_BLOCKED = 1
+NOT_BLOCKED = NOT_MET = 1
 SILENCE_S = 120.0
 
 
@@ -45,6 +45,25 @@ def attack(*, only: tuple[str, ...], listing: bool, as_json: bool) -> None:
         sys.exit(NOT_BLOCKED)
 
 
+@command.command("bench")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/schemas/tz-bench.json).")
+def bench(*, as_json: bool) -> None:
+    """Measure what protection costs, and compare each number with its limit (about a minute on a quiet machine).
+
+    Exit code 0: every limit is met. 1: one is not, or could not be measured.
+    """
+    from ..worlds.trustzone import bench as trustzone_bench
+
+    report = trustzone_bench.run(lambda text: click.echo(f"measuring: {text}", err=True))
+    if as_json:
+        print_json(report)
+    else:
+        for number in report["numbers"]:
+            click.echo(number_line(number))
+    if report["met"] < len(report["numbers"]):
+        sys.exit(NOT_MET)
+
+
 @command.command("boot")
 @click.option("--fetch", is_flag=True, help="Get Debian's arm64 kernel and busybox first (60 MB, by apt).")
 @click.option("--run", "script", metavar="SCRIPT", default="", help="What Linux runs as root (busybox sh).")
@@ -76,6 +95,15 @@ def line(row: dict[str, Any]) -> str:
         f"{'':<32} expected {row['expected']}; seen {row['with_defence']}\n"
         f"{'':<32} control ({row['control'].replace('_', ' ')}): {row['without_defence']}"
     )
+
+
+def number_line(number: dict[str, Any]) -> str:
+    """A row of docs/schemas/tz-bench.json as a line of text."""
+    value = "missing" if number["value"] is None else f"{number['value']:.2f}"
+    limit = f"at {number['limit_is']} {number['limit']:g} {number['unit']}"
+    state = "met" if number["met"] else "NOT MET"
+    why = number["why_missing"] or number["what"]
+    return f"{state:<8} {number['name']:<24} {value:>8}  {limit:<28} {why}"
 
 
 def verdict(report: dict[str, Any]) -> str:

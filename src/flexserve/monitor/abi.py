@@ -42,7 +42,7 @@ class Message(IntEnum):
     """Messages to the trusted OS."""
 
     SERVICE = 1  # x2 service, x3 and x4 its arguments
-    GIVEN = 2  # x2 items in the mailbox were donated
+    GIVEN = 2  # x2 items in the mailbox were donated, x3 pages in all
     TAKE = 3  # x2 pages to give back, x3 mode
     WORK = 4  # x2 pages at most to scrub and release
     HURRY = 5  # x2 address of a CLAIMED page the normal world waits for

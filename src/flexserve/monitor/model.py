@@ -275,17 +275,18 @@ class Monitor:
         """RECLAIM: (status, pages given back or chosen)."""
         if pages < 1 or not 0 <= mode <= MODE_ASYNC:
             return Status.INVALID, 0
-        chosen: list[int] = []
         left = pages
         while self.holding and left:
-            item = self.holding.pop()
-            if item & ITEM_BLOCK and left < BLOCK_PAGES:
-                base = item & ~ITEM_BLOCK
+            if self.holding[-1] & ITEM_BLOCK and left < BLOCK_PAGES:
+                base = self.holding.pop() & ~ITEM_BLOCK
                 self.holding += [base + i * PAGE for i in range(BLOCK_PAGES)]
-                continue
-            chosen.append(item)
-            left -= len(self.pages.pages_of(item))
-        if chosen:
+            chosen: list[int] = []
+            while self.holding and left and len(chosen) < MAX_BATCH:
+                size = len(self.pages.pages_of(self.holding[-1]))
+                if size > left:
+                    break
+                chosen.insert(0, self.holding.pop())
+                left -= size
             self._change(Kind.CLAIM, chosen)
             self.claims += chosen
         if mode != MODE_ASYNC:

@@ -23,6 +23,7 @@ READY = "attacker ready"
 REBOOTS = frozenset({"reset-residue"})
 ENDS_THE_SECOND_CPU = frozenset({"psci-level"})
 STOPPED = "is not the one"
+PANIC = "el3 stops"
 HOW = ("real", "twin")
 SIGBUS = 128 + 7  # as a shell tells that a signal ended a program
 BOOT_S = 60.0
@@ -41,6 +42,7 @@ class Attack:
     off: tuple[str, ...] = ()
     command: str = ""  # of Linux's root: a busybox applet with arguments
     twin: str = ""
+    stops: bool = False  # without its defence EL3 stops
 
     @property
     def control(self) -> str:
@@ -116,7 +118,8 @@ def run(chosen: list[Attack], progress: Callable[[Row], None] | None = None) -> 
             row = Row(attack, under_linux[attack.id, "real"], under_linux[attack.id, "twin"])
         elif attack.off:
             flash = controls.without(frozenset(attack.off))
-            row = Row(attack, real[attack.id], _against(flash, [(attack.id, "real")])[attack.id])
+            run_off = _stops if attack.stops else lambda flash, name: _against(flash, [(name, "real")])[name]
+            row = Row(attack, real[attack.id], run_off(flash, attack.id))
         else:
             row = Row(attack, real[attack.id], twin[attack.id])
         rows.append(row)
@@ -145,6 +148,19 @@ def _against(flash: bytes, runs: list[tuple[str, str]]) -> dict[str, Seen]:
                 if name in ENDS_THE_SECOND_CPU:
                     break
     return seen
+
+
+def _stops(flash: bytes, name: str) -> Seen:
+    """An attack after which EL3 says that it stops."""
+    with Machine(flash) as machine:
+        try:
+            machine.wait_for(READY, BOOT_S)
+            machine.send(f"real {name}")
+            machine.wait_for_secure(PANIC, BOOT_S)
+        except Hung as error:
+            return Seen(None, error.message)
+        said = machine.secure()
+    return Seen(True, said[said.index(PANIC) :].strip())
 
 
 def _one(machine: Machine, name: str, how: str) -> Seen:

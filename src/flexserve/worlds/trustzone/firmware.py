@@ -40,11 +40,12 @@ class Firmware:
     directory: Path
 
     def without(self, defences: frozenset[str]) -> bytes:
-        """The flash image with these defences switched off. Only a control build has the switch.
+        """The flash image with these defences (or M_BATCH) switched off. Only a control build has the switch.
 
         Raises `EngineFailure` when this is a release build.
         """
-        mask = sum(defence_bits()[name] for name in defences)
+        bits = _bits("[DM]")
+        mask = sum(bits[name] for name in defences)
         at = self.flash.find(MARKER)
         if at < 0:
             raise EngineFailure("a release build has no defence to switch off")
@@ -58,8 +59,13 @@ class Firmware:
 
 def defence_bits() -> dict[str, int]:
     """The defences of firmware/include/defences.h by name, without the `D_`."""
+    return _bits("D")
+
+
+def _bits(prefix: str) -> dict[str, int]:
     text = (SOURCES / "include" / "defences.h").read_text()
-    return {name: 1 << int(bit) for name, bit in re.findall(r"#define D_(\w+) \(1u << (\d+)\)", text)}
+    found = re.findall(rf"#define {prefix}_(\w+) \(1u << (\d+)\)", text)
+    return {name: 1 << int(bit) for name, bit in found}
 
 
 def build(*, controls: bool = False, linux: bool = False) -> Firmware:

@@ -34,15 +34,17 @@ class Ended(Hung):
 class Machine:
     """A running machine. Use as a context manager: it ends with the block.
 
-    `loaded`: what lies in normal DRAM from the start, by address.
+    `loaded`: what lies in normal DRAM from the start, by address. `options`: more of QEMU's.
     """
 
-    def __init__(self, flash: bytes, loaded: Mapping[int, bytes] | None = None) -> None:
+    def __init__(
+        self, flash: bytes, loaded: Mapping[int, bytes] | None = None, options: tuple[str, ...] = ()
+    ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="flexserve-tz-")
         folder = Path(self._directory.name)
         (folder / "flash").write_bytes(flash)
         self._secure = folder / "secure"
-        devices: list[str] = []
+        devices = list(options)
         for address, content in (loaded or {}).items():
             file = folder / f"{address:x}"
             file.write_bytes(content)
