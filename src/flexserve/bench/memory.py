@@ -23,7 +23,6 @@ from typing import Protocol
 
 from ..errors import EngineFailure
 from ..flexmem import uffd
-from ..flexmem.arena import MADV_POPULATE_WRITE
 from ..flexmem.uffd import libc
 
 SPARE_BYTES = 1 << 30  # left for everybody else on the machine
@@ -89,7 +88,7 @@ class Block:
             uffd.advise(self._address, length, uffd.MADV_HUGEPAGE if huge else MADV_NOHUGEPAGE)
         start = time.perf_counter()
         try:
-            uffd.advise(self._address, length, MADV_POPULATE_WRITE)
+            uffd.advise(self._address, length, uffd.MADV_POPULATE_WRITE)
         except OSError:  # before Linux 5.14
             for at in range(0, length, mmap.PAGESIZE):
                 libc.memset(self._address + at, 1, 1)

@@ -19,7 +19,6 @@ from pathlib import Path
 from ..core import SEGMENT_SIZE
 from ..errors import StorageFailure
 from ..flexmem import uffd
-from ..flexmem.arena import MADV_POPULATE_WRITE
 from ..flexmem.uffd import UffdDeniedError, Userfaultfd, libc
 from ..sealed.crypto import KEY_BYTES, TAG_BYTES, SegmentCipher
 from . import machine
@@ -194,7 +193,7 @@ def _move_s_per_gb(faults: Userfaultfd, target: int) -> float | None:
             for at in range(0, PLACE_BYTES, uffd.HUGE_PAGE):
                 with contextlib.suppress(OSError):
                     uffd.advise(source, uffd.HUGE_PAGE, uffd.MADV_HUGEPAGE)
-                uffd.advise(source, uffd.HUGE_PAGE, MADV_POPULATE_WRITE)
+                uffd.advise(source, uffd.HUGE_PAGE, uffd.MADV_POPULATE_WRITE)
                 start = time.perf_counter()
                 moved = faults.move(target + at, source, uffd.HUGE_PAGE)
                 seconds += time.perf_counter() - start

@@ -236,6 +236,8 @@ class Loader:
         placed = None
         try:
             staging.used = True
+            claimed = time.perf_counter()
+            staging.populate()
             begun = time.perf_counter()
             took = self._source.fetch(span, staging)
             with self._lock:  # before compute can go on with it: whoever answers then counts it
@@ -264,7 +266,7 @@ class Loader:
                 waited = placed - began if began is not None else 0.0
                 self._times = replace(
                     self._times,
-                    place_s=self._times.place_s + placed - start,
+                    place_s=self._times.place_s + (begun - claimed) + (placed - start),
                     fault_wait_s=self._times.fault_wait_s + waited,
                 )
             if not self._busy and not any(self._plans):

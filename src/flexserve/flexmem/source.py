@@ -33,7 +33,19 @@ class Staging:
         self.address = _reserve(uffd.HUGE_PAGE)
         self.cipher = _view(self._cipher, 2 * uffd.HUGE_PAGE)
         self.plain = _view(self.address, uffd.HUGE_PAGE)
+        self._fresh = True  # whether `plain` has no memory behind it yet
         self.used = False  # whether there may be plaintext in it
+
+    def populate(self) -> None:
+        """Touch fresh memory for the plaintext without the interpreter's lock.
+
+        Decryption would do it holding that lock, one worker at a time. In a virtual machine whose host took
+        the memory back the first touch costs more than all the rest (docs/benchmarks.md, idle).
+        """
+        if self._fresh:
+            with contextlib.suppress(OSError):  # before Linux 5.14: then decryption touches it
+                uffd.advise(self.address, uffd.HUGE_PAGE, uffd.MADV_POPULATE_WRITE)
+            self._fresh = False
 
     def wipe(self) -> None:
         """Zero the plaintext, when the worker has nothing to do."""
@@ -45,6 +57,7 @@ class Staging:
         """The plaintext has been moved away as a huge page: begin a new one."""
         uffd.renew(self.address, uffd.HUGE_PAGE)
         _advise(self.address, uffd.HUGE_PAGE)
+        self._fresh = True
         self.used = False
 
     def close(self) -> None:
