@@ -35,7 +35,6 @@ from ..sealed.format import Region
 from . import uffd
 from .uffd import Userfaultfd, libc
 
-MADV_POPULATE_WRITE = 23
 MLOCK_ONFAULT = 1
 RECALL_CHUNK = 4 << 20  # the longest stretch taken under the lock at a time
 
@@ -317,7 +316,7 @@ class Arena:
                 elif states == {SegmentState.LAZY}:
                     try:
                         # Marks every page written without changing it; EFAULT where one is missing.
-                        uffd.advise(self.base + span.offset, span.length, MADV_POPULATE_WRITE)
+                        uffd.advise(self.base + span.offset, span.length, uffd.MADV_POPULATE_WRITE)
                     except OSError:
                         if span.count == 1:
                             self._drop_lost(span)
