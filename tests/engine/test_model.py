@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,7 +111,8 @@ def test_a_token_id_outside_the_vocabulary_is_refused_by_name(fresh: Opened, tok
 
 def test_messages_need_a_template(opener: Opener) -> None:
     opened = opener.open(opener.generate(SMALL, "Q8_0"))
-    opened.model._template = None
+    assert opened.model._equipment is not None
+    opened.model._equipment = replace(opened.model._equipment, template=None)
     with pytest.raises(TemplateFailure, match="no chat template"):
         answer(opened.model, request(messages=(Message("user", "x"),)))
 

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexserve.core import Finished, Request, Sampling
-from flexserve.engine.sessions import ModelSessions, SessionStore
+from flexserve.engine.model_sessions import ModelSessions
+from flexserve.engine.sessions import SessionStore
 from flexserve.errors import SessionRefused
 from flexserve.sealed.keys import DeviceKey
 from flexserve.sealed.session_file import (

@@ -18,7 +18,8 @@ import llama_cpp
 
 from ..engine import llama
 from ..engine.llama import Context, ContextOptions, Model
-from ..engine.sessions import ModelSessions, SessionStore
+from ..engine.model_sessions import ModelSessions
+from ..engine.sessions import SessionStore
 from ..sealed.keys import DeviceKey
 from ..sealed.session_file import MadeBy
 

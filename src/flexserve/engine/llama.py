@@ -234,7 +234,7 @@ class Context:
         # Logits for one position: a full batch of them would take 250 MB at 128k tokens.
         params.n_outputs_max = batch if options.embeddings else 1
         params.embeddings = options.embeddings
-        self._batch_tokens = batch
+        self.batch_tokens = batch
         params.n_threads = params.n_threads_batch = options.threads
         params.no_perf = True
         self.stop = ggml.AbortFlag()
@@ -307,8 +307,8 @@ class Context:
 
         Returns False when `stop` was set meanwhile. Raises `EngineFailure`.
         """
-        for at in range(0, len(tokens), self._batch_tokens):
-            part = tokens[at : at + self._batch_tokens]
+        for at in range(0, len(tokens), self.batch_tokens):
+            part = tokens[at : at + self.batch_tokens]
             array = (api.llama_token * len(part))(*part)
             status = api.llama_decode(self.handle, api.llama_batch_get_one(array, len(part)))
             if status == 2:

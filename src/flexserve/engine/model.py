@@ -9,34 +9,35 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from ..core import Finished, FinishReason, ModelInfo, ModelStatus, Request, Timings, Token
-from ..errors import ContextOverflow, InvalidRequest, ModelUnsupported
+from ..core import Finished, ModelInfo, ModelStatus, Request, Token
+from ..errors import ModelUnsupported
 from ..flexmem import ggml, repack
 from ..flexmem.arena import Arena, SegmentState
-from ..flexmem.loader import WORKERS, Loader, SpanTrace
+from ..flexmem.loader import WORKERS, Listener, Loader, SpanTrace
 from ..flexmem.source import SealedSource
 from ..flexmem.uffd import Userfaultfd
+from ..framework.weights import Part
 from ..sealed.format import RegionKind
 from ..sealed.layout import LEARNED_POSITIONS
 from ..sealed.reader import UnlockedModel
 from ..sealed.session_file import MadeBy
 from ..sealed.verify import check_inside
+from .answering import Answering, Equipment
 from .cache import cache_bytes, pooled_bytes
-from .embedding import check_kind, makes_embeddings, most_tokens, packed
+from .embedding import makes_embeddings, most_tokens
+from .guide import Guide
 from .layout import CopyFiles, would_gain
 from .layout import places as copy_places
-from .llama import BATCH_TOKENS, Context, ContextOptions, Model, Sampler
+from .llama import BATCH_TOKENS, Context, ContextOptions, Model
+from .model_sessions import ModelSessions
 from .needs import Needs, places_of
-from .prompt import prompt_tokens
-from .sessions import ModelSessions, SessionStore, Sums
+from .sessions import SessionStore, Sums
 from .template import TemplateZygote
-from .text import StopStrings, Utf8Stream
 
 DEFAULT_CONTEXT_TOKENS = 4096
 _names = itertools.count()
@@ -51,6 +52,7 @@ class EngineOptions:
     load_workers: int = WORKERS
     on_demand: bool = True  # False: no userfaultfd; everything is loaded before compute starts
     hide_from_dumps: bool = True
+    memory_locked: bool = False  # this process locks its memory (mlockall)
     trace: Callable[[SpanTrace], None] | None = None  # for measuring only (loader.py)
 
 
@@ -68,14 +70,14 @@ class SecureModel:
         options: EngineOptions,
         copy: CopyFiles | None = None,
         sessions: SessionStore | None = None,
+        listener: Listener | None = None,
     ) -> None:
         """`cached` and `direct` are descriptors of the sealed file (source.py); the caller closes them. With a
         `copy`, weights come from there, in execution layout, and everything else from the sealed file. Without
-        `sessions`, every prompt is computed from its first token.
+        `sessions`, every prompt is computed from its first token. A `listener` hears what happens to segments.
 
         Raises `NotAuthentic` when META or its content is not what it should be, `ModelUnsupported`.
         """
-        self._zygote = zygote
         self._answering = threading.Lock()
         self._requests = 0
         self._last_used: float | None = None
@@ -96,7 +98,14 @@ class SecureModel:
         self._template = template if isinstance(template, str) else None
         self._embeds = makes_embeddings(header)
         self._faults = Userfaultfd() if options.on_demand else None
-        self.arena = Arena((self._embed, self._body), self._faults, hide_from_dumps=options.hide_from_dumps)
+        self.arena = Arena(
+            (self._embed, self._body),
+            self._faults,
+            hide_from_dumps=options.hide_from_dumps,
+            journal=listener is not None,
+            locked=options.memory_locked,
+        )
+        self._equipment: Equipment | None = None
         self._loader: Loader | None = None
         self._buffer_type: ggml.ArenaBufferType | None = None
         self._model: Model | None = None
@@ -141,6 +150,7 @@ class SecureModel:
                 workers=options.load_workers,
                 name=name,
                 trace=options.trace,
+                listener=listener,
             )
         except BaseException:
             self.close()
@@ -162,9 +172,23 @@ class SecureModel:
         self._sessions: ModelSessions | None = None
         if sessions is not None and not self._embeds:
             made_by = _made_by(
-                unlocked.sealed.digest, self._context.context_tokens, options, copied=copy is not None
+                unlocked.sealed.digest,
+                self._context.context_tokens,
+                options,
+                copied=copy is not None,
             )
             self._sessions = ModelSessions(sessions, made_by, whole_only=self._model.keeps_state)
+        self._equipment = Equipment(
+            self._model,
+            self._context,
+            self._loader,
+            self._needs,
+            self._sessions,
+            self._template,
+            zygote,
+            self._context_tokens,
+            self._embeds,
+        )
         self.would_gain = copy is None and would_gain(header)
         self._kv_bytes = cache_bytes(header, self._context.context_tokens)
 
@@ -176,170 +200,55 @@ class SecureModel:
         emit: Callable[[Token], None],
         cancelled: Callable[[], bool],
         accepted_at: float,
+        guide: Guide | None = None,
     ) -> Finished:
-        """Answer one request; `emit` gets each token, of which an embedding has none. One call at a time.
-
-        `accepted_at`: time.perf_counter() when the request arrived. Raises `ContextOverflow`,
-        `TemplateFailure`, `InvalidRequest`, `SegmentNotAuthentic`, `EngineFailure`.
-        """
+        """Answer one request, one call at a time; see `Answering`."""
         with self._answering:
-            return self._answer(request, emit, cancelled, accepted_at)
-
-    def _answer(
-        self,
-        request: Request,
-        emit: Callable[[Token], None],
-        cancelled: Callable[[], bool],
-        accepted_at: float,
-    ) -> Finished:
-        assert self._model and self._context and self._loader
-        started = time.perf_counter()
-        self._loader.check()
-        check_kind(embeds=self._embeds, wanted=request.embed, model=request.model)
-        self._requests += 1
-        vocab = self._model.vocab
-        prompt = prompt_tokens(request, vocab, self._template, self._zygote)
-        room = self._context_tokens - len(prompt)
-        answer_tokens = 0 if request.embed else request.max_tokens or 1
-        if room < answer_tokens:
-            raise ContextOverflow(
-                f"the prompt has {len(prompt)} tokens and the answer may have {answer_tokens}, "
-                f"but the context of model {request.model!r} holds {self._context_tokens}",
-                hint="send a shorter text" if request.embed else None,
-            )
-        if not prompt:
-            raise InvalidRequest(
-                "the prompt is empty: a model needs at least one token", hint="send some text"
-            )
-        tokenized = time.perf_counter()
-        before = self._loader.times()
-        self._context.stop.set(False)
-        if request.embed:
-            return self._embedding(prompt, cancelled, (accepted_at, started, tokenized))
-        sampler = Sampler(request.sampling, _seed(request), vocab.size)
-        try:
-            self._start_loading(prompt)
-            self._context.clear()
-            # While the loader's threads bring in weights.
-            kept, restore_s = self._sessions.resume(self._context, prompt) if self._sessions else (0, 0.0)
-            parts = self._sessions.parts(prompt, kept) if self._sessions else [prompt]
-            alive = all(self._decode(part, cancelled) for part in parts)
-            prefilled = time.perf_counter()
-            sampler.accept(prompt)
-            loaded = self._loader.times().since(before)
-            output = _Output(request, self._model, emit)
-            reason, first = (
-                self._generate(request.max_tokens or room, sampler, output, cancelled)
-                if alive
-                else (FinishReason.CANCELLED, prefilled)
-            )
-            ended = time.perf_counter()
-            if self._sessions:
-                self._sessions.keep(self._context, request.session or "")
-        finally:
-            sampler.close()
-            self._context.clear()
-            self._last_used = time.perf_counter()
-        text, ids = output.finish()
-        decode_s = ended - first
-        return Finished(
-            text,
-            ids,
-            reason,
-            Timings(
-                queue_s=started - accepted_at,
-                tokenize_s=tokenized - started,
-                prefill_s=prefilled - tokenized,
-                ttft_s=first - accepted_at,
-                decode_s=decode_s,
-                total_s=ended - accepted_at,
-                prompt_tokens=len(prompt),
-                output_tokens=len(ids),
-                prefill_tokens_per_s=(len(prompt) - kept) / (prefilled - tokenized),
-                decode_tokens_per_s=(len(ids) - 1) / decode_s if len(ids) > 1 else 0.0,
-                cached_prompt_tokens=kept,
-                restore_s=restore_s,
-                **asdict(loaded),
-            ),
-        )
-
-    def _embedding(
-        self, prompt: list[int], cancelled: Callable[[], bool], times: tuple[float, float, float]
-    ) -> Finished:
-        """`times`: when the request was accepted, started and tokenised."""
-        assert self._context and self._loader
-        accepted_at, started, tokenized = times
-        before = self._loader.times()
-        try:
-            self._start_loading(prompt)
-            self._context.clear()
-            alive = self._decode(prompt, cancelled)
-            embedding = packed(self._context.embedding()) if alive else b""
-        finally:
-            self._context.clear()
-            self._last_used = time.perf_counter()
-        ended = time.perf_counter()
-        return Finished(
-            "",
-            (),
-            FinishReason.STOP if alive else FinishReason.CANCELLED,
-            Timings(
-                queue_s=started - accepted_at,
-                tokenize_s=tokenized - started,
-                prefill_s=ended - tokenized,
-                ttft_s=ended - accepted_at,
-                total_s=ended - accepted_at,
-                prompt_tokens=len(prompt),
-                prefill_tokens_per_s=len(prompt) / (ended - tokenized),
-                **asdict(self._loader.times().since(before)),
-            ),
-            embedding,
-        )
-
-    def _start_loading(self, prompt: list[int]) -> None:
-        """Bring lazy segments back and plan the absent ones, in the order this prompt needs them."""
-        assert self._loader
-        self.arena.pin(self.arena.segments_in(SegmentState.LAZY))
-        if self._loader.on_demand:
-            self._loader.load(self._needs.order(prompt))
-            return
-        self._loader.load(self._needs.everything())
-        self._loader.wait()
-        self._loader.check()
-
-    def _decode(self, tokens: list[int], cancelled: Callable[[], bool]) -> bool:
-        """One decode; False when cancelled. Whatever it computed on unauthentic pages is never used."""
-        assert self._context and self._loader
-        if cancelled():
-            return False
-        try:
-            return self._context.decode(tokens)
-        finally:
-            self._loader.check()
-
-    def _generate(
-        self, limit: int, sampler: Sampler, output: _Output, cancelled: Callable[[], bool]
-    ) -> tuple[FinishReason, float]:
-        assert self._context and self._model
-        first = 0.0
-        for count in range(1, limit + 1):
-            token = sampler.sample(self._context)
-            first = first or time.perf_counter()
-            if output.is_end(token):
-                return FinishReason.STOP, first
-            if output.add(token):
-                return FinishReason.STOP, first
-            if count == limit:
-                break
-            if not self._decode([token], cancelled):
-                return FinishReason.CANCELLED, first
-        return FinishReason.LENGTH, first
+            assert self._equipment is not None
+            self._requests += 1
+            try:
+                answering = Answering(
+                    self._equipment, request, emit, cancelled, accepted_at=accepted_at, guide=guide
+                )
+                return answering.run()
+            finally:
+                self._last_used = time.perf_counter()
 
     def cancel(self) -> None:
         """End the decode that is running, if one is: `answer` then finishes as cancelled."""
         context = self._context  # `close` may come from another thread
         if context:
             context.stop.set()
+
+    # What the Framework has to know
+
+    @property
+    def loader(self) -> Loader:
+        assert self._loader is not None
+        return self._loader
+
+    @property
+    def sessions(self) -> ModelSessions | None:
+        """None: this model keeps no conversations."""
+        return self._sessions
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its segments in the order in which compute needs them."""
+        parts = []
+        for one, fill in self._needs.parts():
+            unit = self.arena.span(one.first).length
+            parts.append(Part(one.first, one.count, unit, self.arena.span(one.first, one.count).length, fill))
+        return tuple(parts)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        assert self._context is not None
+        return -(-self._kv_bytes // self._context.context_tokens)
+
+    @property
+    def context_tokens(self) -> int:
+        return self._context_tokens
 
     # Memory
 
@@ -401,40 +310,7 @@ class SecureModel:
         for part in (self._context, self._model, self._buffer_type, self._loader, self.arena, self._faults):
             if part is not None:
                 part.close()
-        self._context = self._model = self._buffer_type = self._loader = self._faults = None
-
-
-class _Output:
-    """The answer so far: ids, and text that is complete and free of stop strings."""
-
-    def __init__(self, request: Request, model: Model, emit: Callable[[Token], None]) -> None:
-        self._vocab = model.vocab
-        self._ignore_eos = request.ignore_eos
-        self._emit = emit
-        self._utf8 = Utf8Stream()
-        self._stops = StopStrings(request.stop)
-        self._ids: list[int] = []
-        self._text: list[str] = []
-
-    def is_end(self, token: int) -> bool:
-        return not self._ignore_eos and self._vocab.is_end(token)
-
-    def add(self, token: int) -> bool:
-        """Take a token; True when a stop string is complete."""
-        self._ids.append(token)
-        text = self._stops.feed(self._utf8.feed(self._vocab.piece(token)))
-        self._text.append(text)
-        self._emit(Token(token, text))
-        return self._stops.matched is not None
-
-    def finish(self) -> tuple[str, tuple[int, ...]]:
-        """The whole answer, with what was held back."""
-        self._text += [self._stops.feed(self._utf8.flush()), self._stops.flush()]
-        return "".join(self._text), tuple(self._ids)
-
-
-def _seed(request: Request) -> int:
-    return secrets.randbits(32) if request.sampling.seed is None else request.sampling.seed
+        self._context = self._model = self._buffer_type = self._loader = self._faults = self._equipment = None
 
 
 def _made_by(digest: bytes, context_tokens: int, options: EngineOptions, *, copied: bool) -> MadeBy:

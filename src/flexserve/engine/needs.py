@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..flexmem.ggml import Place
-from ..framework.order import Range, join, load_order
+from ..framework.order import Range, join, load_order, without
 from ..sealed.format import Region, TensorExtent
 from ..sealed.gguf import GGUFHeader
 from ..sealed.layout import EMBEDDING, rows_to_units
@@ -48,6 +48,20 @@ class Needs:
             tied_output=self._tied,
             left_out=self.experts,
         )
+
+    def rows(self, prompt: Sequence[int]) -> list[Range]:
+        """The segments of the embedding rows that this prompt begins with."""
+        units = join(rows_to_units(self._embedding, prompt))
+        return [Range(self._embed.first + one.first, one.count) for one in units]
+
+    def parts(self) -> list[tuple[Range, bool]]:
+        """All of the model in the order in which compute needs it, and whether a request loads it: what is not loaded
+        comes first. An untied embedding is not (its rows are), nor are experts."""
+        left = [(one, False) for one in self.experts]
+        loaded = [(one, True) for one in without(self._body, self.experts)]
+        if self._tied:
+            return [*left, *loaded, (self._embed, True)]
+        return [(self._embed, False), *left, *loaded]
 
     def everything(self) -> list[Range]:
         """All of the model, for when nothing can be loaded on demand."""

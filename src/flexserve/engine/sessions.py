@@ -6,7 +6,10 @@ session that goes gives its pages back to the kernel at once; the KV that llama.
 
 *Batch boundaries.* A token's KV depends, in its last bits, on how many tokens were computed with it. So a prompt goes
 on from a session only at a boundary between two of its batches: then the answer is bit for bit what llama.cpp
-computes from the same batches. `order of use` is all the policy here; the Framework decides better.
+computes from the same batches.
+
+*Who decides.* With a limit, the order of use does. Without one (`limit_bytes=None`) the Framework decides what is kept,
+saved, dropped and restored, by the sessions' ids; then nothing goes here by itself.
 """
 
 from __future__ import annotations
@@ -16,8 +19,6 @@ import itertools
 import mmap
 import os
 import threading
-import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ class Session:
     fd: int = -1  # of `saved`
     last_used: int = 0
     readers: int = 0  # somebody copies or saves its memory: it stays
+    id: str = ""  # of the Framework's
+    leaves: bool = False  # its memory goes as soon as nobody reads it
     ends: Any = field(init=False)  # after how many tokens a batch ends
 
     def __post_init__(self) -> None:
@@ -113,8 +116,8 @@ class Sums:
 class SessionStore:
     """All sessions of a secure world. Thread-safe; one thread at a time finds, keeps, saves and restores."""
 
-    def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
-        """`limit_bytes`: of memory for blobs. 0 keeps nothing."""
+    def __init__(self, limit_bytes: int | None = DEFAULT_LIMIT_BYTES) -> None:
+        """`limit_bytes`: of memory for blobs. 0 keeps nothing; None: the Framework decides."""
         self.limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._sessions: list[Session] = []
@@ -153,6 +156,8 @@ class SessionStore:
     def release(self, session: Session) -> None:
         with self._lock:
             session.readers -= 1
+            if session.leaves and not session.readers:
+                self._leave(session)
 
     def state(self, session: Session) -> StateMemory:
         """A held session's blob; from its file if it is not in memory. Raises `SessionRefused`, `OSError`."""
@@ -170,13 +175,29 @@ class SessionStore:
                 session.memory = memory
         return session.memory
 
+    def has(self, key: str) -> bool:
+        """Whether there is a session of this id; for `name_saved`, which has the lock."""
+        return self._by_id(key) is not None
+
+    def unname(self, made_by: MadeBy, prefix: str) -> None:
+        """Sessions of a model whose ids begin like this have none any more."""
+        with self._lock:
+            for session in self._of(made_by):
+                if session.id.startswith(prefix):
+                    session.id = ""
+
     # Keeping
 
-    def keep(self, made_by: MadeBy, tokens: Tokens, memory: StateMemory) -> Session:
-        """Take over a blob. It replaces the session it went on from, and the one of the same name."""
-        session = Session(made_by, tokens, memory, last_used=next(self._uses))
+    def keep(self, made_by: MadeBy, tokens: Tokens, memory: StateMemory, key: str = "") -> Session:
+        """Take over a blob. It replaces the session it went on from, and the one of the same name; with a `key`, the
+        one of that id only."""
+        session = Session(made_by, tokens, memory, last_used=next(self._uses), id=key)
         ids = np.frombuffer(tokens.ids, np.int32)
         with self._lock:
+            if key:
+                self._forget_id(key)
+                self._sessions.append(session)
+                return session
             for old in self._of(made_by):
                 same = bool(tokens.name) and old.tokens.name == tokens.name
                 longer = len(old.tokens.ids) <= len(ids) and old.common(ids) == len(old.tokens.ids)
@@ -190,6 +211,8 @@ class SessionStore:
 
     def make_room(self, nbytes: int) -> None:
         """Drop sessions from memory, least recently used first, until `nbytes` more fit the limit."""
+        if self.limit_bytes is None:
+            return
         with self._lock:
             over = self._memory_bytes() + nbytes - self.limit_bytes
             if over > 0:
@@ -197,7 +220,52 @@ class SessionStore:
 
     def fits(self, nbytes: int) -> bool:
         """Whether one session of this size may be kept at all."""
-        return 0 < nbytes <= self.limit_bytes
+        return nbytes > 0 and (self.limit_bytes is None or nbytes <= self.limit_bytes)
+
+    # By id, for the Framework
+
+    def of_id(self, key: str) -> Session | None:
+        """The session of this id."""
+        with self._lock:
+            return self._by_id(key)
+
+    def hold(self, key: str) -> Session | None:
+        """The session of this id, held until `release`; None when it is not in memory."""
+        with self._lock:
+            session = self._by_id(key)
+            if session is None or session.memory is None or session.leaves:
+                return None
+            session.readers += 1
+            return session
+
+    def drop(self, key: str) -> None:
+        """Zero its memory and give it back, as soon as nobody reads it; without a file it is forgotten."""
+        with self._lock:
+            session = self._by_id(key)
+            if session is None:
+                return
+            if session.readers:
+                session.leaves = True
+            else:
+                self._leave(session)
+
+    def forget_id(self, key: str) -> None:
+        """Know nothing of it any more, nor of its file."""
+        with self._lock:
+            self._forget_id(key)
+
+    def in_memory(self) -> list[str]:
+        """Ids of the sessions in memory that are not saved, least recently used first."""
+        with self._lock:
+            return [s.id for s in self._by_use(self._sessions) if s.saved is None and s.memory]
+
+    def name_saved(self, made_by: MadeBy, give: Callable[[Session], str]) -> list[Session]:
+        """Sessions of a model that have no id yet get one from `give`; which these are."""
+        with self._lock:
+            new = [s for s in self._of(made_by) if not s.id]
+            for session in new:
+                session.id = give(session)
+            return new
 
     # Giving memory back
 
@@ -235,6 +303,13 @@ class SessionStore:
                 os.close(fd)
                 return None
             session.readers += 1
+        return self.save(session, device, fd)
+
+    def save(self, session: Session, device: Any, fd: int) -> bytes:
+        """Write a held session into an empty file, and release it; the file's id.
+
+        Takes the descriptor over (closes it when nothing was written). Raises `StorageFailure`.
+        """
         try:
             assert session.memory is not None
             with session.memory.view() as view:
@@ -242,11 +317,15 @@ class SessionStore:
             saved = open_session(fd, device)
         except BaseException:
             os.close(fd)
-            raise
-        finally:
             self.release(session)
+            raise
         with self._lock:
-            session.saved, session.fd = saved, fd
+            if session in self._sessions:
+                session.saved, session.fd = saved, fd
+            else:  # it was replaced meanwhile
+                os.close(fd)
+                self._gone.append(saved.salt)
+        self.release(session)
         return saved.salt
 
     def add_saved(self, device: Any, fd: int) -> SavedSession:
@@ -312,67 +391,30 @@ class SessionStore:
                 session.memory = None
         return freed
 
+    def _by_id(self, key: str) -> Session | None:
+        return next((s for s in self._sessions if s.id == key), None)
+
+    def _leave(self, session: Session) -> None:
+        session.leaves = False
+        if session.memory is not None:
+            session.memory.close()
+            session.memory = None
+        if session.saved is None and session in self._sessions:
+            self._sessions.remove(session)
+
+    def _forget_id(self, key: str) -> None:
+        session = self._by_id(key)
+        if session is not None:
+            self._forget(session)
+
     def _forget(self, session: Session) -> None:
         self._sessions.remove(session)
-        if session.memory is not None:
+        if session.readers:
+            session.leaves = True
+        elif session.memory is not None:
             session.memory.close()
             session.memory = None
         if session.saved is not None:
             os.close(session.fd)
             self._gone.append(session.saved.salt)
             session.saved = None
-
-
-class ModelSessions:
-    """One model's view of the store: from a prompt to a context that has part of it, and back."""
-
-    def __init__(self, store: SessionStore, made_by: MadeBy, *, whole_only: bool) -> None:
-        """`whole_only`: of models that keep a running state and not every token's keys and values."""
-        self._store = store
-        self._made_by = made_by
-        self._whole_only = whole_only
-
-    def resume(self, context: Any, prompt: Sequence[int]) -> tuple[int, float]:
-        """Put the KV of as many of the prompt's tokens as are kept into an empty context; how many, and the seconds it
-        took. A session that cannot be used is forgotten, and the next best one tried: it costs time only."""
-        started = time.perf_counter()
-        while found := self._store.find(self._made_by, prompt, whole_only=self._whole_only):
-            session = found.session
-            try:
-                memory = self._store.state(session)
-                if context.set_state(memory.address, memory.size, session.tokens, found.cut):
-                    return found.cut, time.perf_counter() - started
-            except SessionRefused:
-                pass
-            except (OSError, MemoryError):  # no memory for it now: it may be of use later
-                break
-            finally:
-                self._store.release(session)
-            self._store.forget(session)
-        context.clear()
-        return 0, 0.0
-
-    def parts(self, prompt: Sequence[int], cut: int) -> list[list[int]]:
-        """What is still to compute, in pieces that end where a batch should."""
-        branch = 0 if self._whole_only else self._store.branch(self._made_by, prompt, cut)
-        rest = [prompt[cut:branch], prompt[branch:]] if branch else [prompt[cut:]]
-        return [list(part) for part in rest]
-
-    def keep(self, context: Any, name: str) -> None:
-        """Keep what the context has, as the newest state of the conversation, if it can be kept at all."""
-        tokens = Tokens(array("i", context.tokens), array("i", context.batches), name)
-        size = context.state_bytes() if len(tokens.ids) >= MIN_REUSE_TOKENS and context.is_whole() else 0
-        if not self._store.fits(size):
-            return
-        self._store.make_room(size)
-        try:
-            memory = StateMemory(size)
-        except OSError:
-            return
-        if context.get_state(memory.address, size):
-            self._store.keep(self._made_by, tokens, memory)
-        else:
-            memory.close()
-
-    def sums(self) -> Sums:
-        return self._store.sums(self._made_by)

@@ -14,6 +14,7 @@ from .reclaim import Keep, Stage
 from .records import Records, SessionRecord
 from .tables import ModelState, RequestState, SegmentState, SegmentTrigger, SessionState, SessionTrigger
 
+IDLE_SESSIONS = (Stage.SAVED_SESSIONS, Stage.UNSAVED_SESSIONS)
 SURPLUS = (Stage.SAVED_SESSIONS, Stage.IDLE_WEIGHTS, Stage.UNSAVED_SESSIONS)
 
 
@@ -34,6 +35,7 @@ def work(records: Records, *, only_refill: bool = False) -> None:
     if only_refill:
         return
     hand_lazily(records)
+    limit_sessions(records)
     limit_storage(records)
 
 
@@ -54,7 +56,7 @@ def save_early(records: Records) -> None:
 
 def save_at(records: Records, session: SessionRecord) -> float | None:
     """When an idle, unsaved session is to be saved; None for the others."""
-    if session.state != SessionState.RESIDENT or session.readers:
+    if not records.settings.saves or session.state != SessionState.RESIDENT or session.readers:
         return None
     return max(session.last_used + records.settings.save_after_s, session.retry_at)
 
@@ -114,6 +116,31 @@ def restore_distribution(records: Records) -> None:
                 free=records.free,
             )
         return
+
+
+def limit_sessions(records: Records) -> None:
+    """Idle sessions take their share of memory and no more, and there are not more of them than there may be."""
+    if len(records.sessions) > records.settings.session_limit:
+        _forget_one(records)
+    idle = records.session_uses()
+    over = sum(s.nbytes for s in idle) - records.settings.session_limit_bytes
+    if over > 0:
+        reclaim.take(records, reclaim.choose(records, over, IDLE_SESSIONS))
+
+
+def _forget_one(records: Records) -> None:
+    ended = (SessionState.STORED, SessionState.SAVED, SessionState.RESIDENT)
+    idle = [s for s in records.sessions.values() if s.state in ended and s.owner is None and not s.readers]
+    if not idle:
+        return
+    oldest = min(idle, key=lambda s: (s.last_used, s.name))
+    if oldest.state == SessionState.STORED:
+        records.move_session(oldest, SessionTrigger.FORGET)
+        records.do(ForgetSession(oldest.name), Why.STORAGE_FULL, nbytes=oldest.nbytes)
+    elif oldest.state == SessionState.SAVED:
+        reclaim.drop(records, oldest, Why.STORAGE_FULL)
+    else:
+        reclaim.discard(records, oldest, Why.STORAGE_FULL)
 
 
 def limit_storage(records: Records) -> None:

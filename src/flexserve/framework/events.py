@@ -175,9 +175,11 @@ class Offer:
 
 @dataclass(frozen=True)
 class BudgetSet:
-    """`flexserve budget SIZE`."""
+    """`flexserve budget SIZE`; None leaves a limit as it is. The floor is at most the cap."""
 
-    nbytes: int
+    nbytes: int | None = None
+    cap_bytes: int | None = None
+    floor_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ nothing more to do, always in the same order: within the budget, requests, their
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import background, loading, reclaim, requests
@@ -59,6 +59,8 @@ class View:
     """The whole, right now. Sizes in bytes."""
 
     budget: int
+    cap: int
+    floor: int
     held: int
     leaving: int
     queued: int
@@ -71,8 +73,12 @@ class Framework:
     """Policy. Not thread-safe."""
 
     def __init__(self, settings: Settings | None = None) -> None:
-        self.settings = settings or Settings()
-        self._records = Records(self.settings)
+        self._records = Records(settings or Settings())
+
+    @property
+    def settings(self) -> Settings:
+        """As they are now: limits may be set while it runs."""
+        return self._records.settings
 
     def handle(self, now: float, event: ev.Event) -> tuple[Decision, ...]:
         """What to do about an event at a time (seconds on any clock; going back counts as standing still).
@@ -130,6 +136,8 @@ class Framework:
             )
         return View(
             budget=records.budget,
+            cap=records.settings.cap_bytes,
+            floor=records.settings.floor_bytes,
             held=records.ledger.held,
             leaving=records.ledger.leaving,
             queued=records.waiting,
@@ -246,6 +254,9 @@ def _refuse_unknown(records: Records, request: RequestRecord, why: Why) -> None:
 
 
 def _model_closed(records: Records, event: ev.ModelClosed) -> None:
+    """Its saved sessions stay in storage: whoever registers it again says which of them there are."""
+    for session in [s for s in records.sessions.values() if s.model == event.model]:
+        records.move_session(session, SessionTrigger.FORGET)
     records.move_model(records.models[event.model], ModelTrigger.CLOSED)
 
 
@@ -255,7 +266,7 @@ def _segments_changed(records: Records, event: ev.SegmentsChanged) -> None:
     model = records.models.get(event.model)
     if model is None or model.state == ModelState.CLOSING:
         return records.note(Why.LATE)
-    changed = records.move_segments(model, event.what, model.weights.spans(event.ranges))
+    changed = records.move_segments(model, event.what, list(model.weights.spans(event.ranges)))
     if event.what == SegmentTrigger.STOPPED:
         model.stopping = False
     elif event.what == SegmentTrigger.LOST and changed:
@@ -348,8 +359,11 @@ def _request_cancelled(records: Records, event: ev.RequestCancelled) -> None:
 
 def _session_found(records: Records, event: ev.SessionFound) -> None:
     model = records.models.get(event.model)
-    if event.session in records.sessions or model is None:
-        raise Impossible(f"session {event.session!r} is known already, or its model {event.model!r} is not")
+    if event.session in records.sessions:
+        raise Impossible(f"session {event.session!r} is known already")
+    if model is None:
+        records.note(Why.LATE)
+        return
     session = SessionRecord(event.session, event.model, tokens=event.tokens, copied=True)
     session.last_used = records.now
     records.move_session(session, SessionTrigger.FOUND, nbytes=records.kv_bytes(model, event.tokens))
@@ -446,7 +460,14 @@ def _offer(records: Records, event: ev.Offer) -> None:
 
 
 def _budget_set(records: Records, event: ev.BudgetSet) -> None:
-    _move_budget(records, event.nbytes)
+    settings = records.settings
+    cap = settings.cap_bytes if event.cap_bytes is None else event.cap_bytes
+    floor = settings.floor_bytes if event.floor_bytes is None else event.floor_bytes
+    if floor > cap:
+        raise Impossible(f"a floor of {floor} bytes is above a cap of {cap} bytes")
+    start = max(floor, min(settings.budget_bytes, cap))
+    records.settings = replace(settings, budget_bytes=start, cap_bytes=cap, floor_bytes=floor)
+    _move_budget(records, records.budget if event.nbytes is None else event.nbytes)
 
 
 def _move_budget(records: Records, nbytes: int) -> None:

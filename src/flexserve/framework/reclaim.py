@@ -125,10 +125,11 @@ def _at(records: Records, stage: Stage, needed: int, keep: Keep, spare: str | No
                 yield Choice(_WHY[stage], session.nbytes, session=session.name)
         case Stage.OPEN_SESSIONS:
             for request in reversed(records.active.values()):  # the last to start stops first
-                if request.state == RequestState.RUNNING and not records.sessions[request.session].readers:
-                    session = records.sessions[request.session]
-                    if session.retry_at <= records.now:
-                        yield Choice(_WHY[stage], session.nbytes, session=session.name)
+                if not records.settings.saves or request.state != RequestState.RUNNING:
+                    continue
+                session = records.sessions[request.session]
+                if session.nbytes and not session.readers and session.retry_at <= records.now:
+                    yield Choice(_WHY[stage], session.nbytes, session=session.name)
 
 
 def least_invoked(records: Records) -> list[ModelRecord]:
@@ -211,6 +212,9 @@ def take(records: Records, choices: list[Choice], why: Why | None = None) -> int
         session = records.sessions[choice.session]
         if session.state == SessionState.SAVED:
             drop(records, session, reason)
+            continue
+        if not records.settings.saves and session.owner is None:
+            discard(records, session, reason)
             continue
         later += choice.nbytes
         if session.state == SessionState.OPEN:

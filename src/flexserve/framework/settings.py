@@ -88,6 +88,11 @@ class Settings:
     save_retry_s: float = _setting(10.0, "s", "ours", "until a save that failed is tried again")
     lazy: bool = _setting(True, "", "linux: MADV_FREE", "hand idle weights to the kernel lazily")
     lazy_after_s: float = _setting(5.0, "s", "ours", "after which an idle model's weights are handed over")
+    saves: bool = _setting(True, "", "ours", "there is a storage for sessions; off: KV stays or is given up")
+    session_limit_bytes: int = _setting(
+        512 * MIB, "bytes", "ours", "of memory for idle sessions; the longest idle are saved and dropped"
+    )
+    session_limit: int = _setting(256, "sessions", "ours", "in memory and in storage; the longest idle go")
     stored_limit_bytes: int = _setting(
         4 * GIB, "bytes", "ours", "saved sessions in storage; the oldest are forgotten"
     )

@@ -236,7 +236,7 @@ class FakeWorld:
             soft = max(floor, min(soft, hard))
             self._budget = Budget(soft, hard, floor, 0)
             if (soft_bytes, hard_bytes, floor_bytes) != (None, None, None):
-                self._note(ev.BudgetSet(soft))
+                self._note(ev.BudgetSet(soft_bytes, hard_bytes, floor_bytes))
             self._shrink(self._held() - soft)
             return dataclasses.replace(self._budget, held_bytes=self._held())
 
