@@ -10,6 +10,7 @@ import click
 from .bench_options import DIRECTORY, JSON, default_directory, names
 from .common import human_bytes, print_json, progress_bar
 from .display import note, table
+from .sizes import Size
 
 SHAPE = click.option(
     "--shape", default="llama-3.2-1b", show_default=True, help="The model shape (random weights)."
@@ -154,4 +155,226 @@ def _pressure(part: dict[str, Any]) -> str:
     return table(("SIDE", *numbers), cells, right=frozenset(numbers)) + "\n" + took
 
 
-COMMANDS = (memory,)
+@click.command("soak")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, 10080, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="How long.",
+)
+@SHAPE
+@QUANT
+@click.option(
+    "--seed", type=click.IntRange(0, (1 << 32) - 1), help="Repeat a run's choices. [default: a new one]"
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Compute threads of each world.",
+)
+@DIRECTORY
+@JSON
+@click.pass_context
+def soak(
+    context: click.Context,
+    *,
+    minutes: float,
+    shape: str,
+    quant: str,
+    seed: int | None,
+    threads: int,
+    directory: Path | None,
+    as_json: bool,
+) -> None:
+    """Requests under a storm of recalls, offers, budgets and cancels; ends with 1 when an invariant is broken.
+
+    Every answer is compared, token by token, with that of a second world which is left alone; so it takes the memory
+    of two models.
+    """
+    from ..bench.soak import SoakOptions, run
+
+    options = SoakOptions(minutes, shape, quant, directory or default_directory(), threads, seed)
+    with progress_bar("model") as progress:
+        result = run(options, note, progress)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(_soak(result))
+    if result["violations"]:
+        context.exit(1)
+
+
+def _soak(result: dict[str, Any]) -> str:
+    errors = ", ".join(f"{count} {code}" for code, count in result["errors"].items()) or "none"
+    lines = [
+        f"{result['minutes']:.1f} minutes, seed {result['seed']}",
+        f"requests    {result['requests']}, of which {result['cancelled_answers']} cancelled; errors: {errors}",
+        f"compared    {result['compared_tokens']} tokens of {result['compared_answers']} answers; "
+        f"{result['recomputed_answers']} answers were computed in other batches",
+        f"recalls     {result['recalls']}, {human_bytes(result['recalled_bytes'])}",
+        f"budget      {result['offers']} offers, {result['budget_changes']} changes",
+        f"memory      {human_bytes(result['begin_bytes'])} at the begin, {human_bytes(result['end_bytes'])} at the end",
+        f"violations  {result['violations']}",
+        *(f"  {text}" for text in result["violation_list"]),
+    ]
+    return "\n".join(lines)
+
+
+@click.command("neighbours")
+@SHAPE
+@QUANT
+@click.option(
+    "--data", "data_bytes", type=Size(), default="1G", show_default=True, help="Each application's data."
+)
+@click.option(
+    "--model-share",
+    type=click.FloatRange(0, 4),
+    default=0.25,
+    show_default=True,
+    help="Share of the weights that fits beside the data.",
+)
+@click.option(
+    "--every", "every_s", type=float, default=10.0, show_default=True, help="Seconds between requests."
+)
+@click.option(
+    "--timer",
+    "timer_s",
+    type=float,
+    default=5.0,
+    show_default=True,
+    help="Seconds until the timer's side gives back.",
+)
+@click.option(
+    "--seconds", "measure_s", type=float, default=60.0, show_default=True, help="Of measuring, for each side."
+)
+@click.option(
+    "--warm",
+    "warm_s",
+    type=float,
+    default=20.0,
+    show_default=True,
+    help="Seconds before, for the applications.",
+)
+@click.option("--sides", callback=names, metavar="A,B", help="Measure only these. [default: all]")
+@THREADS
+@DIRECTORY
+@JSON
+def neighbours(
+    *,
+    shape: str,
+    quant: str,
+    data_bytes: int,
+    model_share: float,
+    every_s: float,
+    timer_s: float,
+    measure_s: float,
+    warm_s: float,
+    sides: tuple[str, ...],
+    threads: int | None,
+    directory: Path | None,
+    as_json: bool,
+) -> None:
+    """Applications that need memory (SQLite, a reader) beside a model: their throughput, and time to the first token.
+
+    Against a model that is always kept, never kept, and dropped by a timer. Another process holds what memory the
+    machine has beyond that: do not run it beside anything that must not be killed.
+    """
+    from ..bench.neighbours import SIDES, NeighboursOptions, run
+
+    options = NeighboursOptions(
+        shape=shape,
+        quant=quant,
+        data_bytes=data_bytes,
+        model_share=model_share,
+        every_s=every_s,
+        timer_s=timer_s,
+        measure_s=measure_s,
+        warm_s=warm_s,
+        sides=sides or SIDES,
+        directory=directory or default_directory(),
+        threads=threads or 0,
+    )
+    with progress_bar("model") as progress:
+        result = run(options, note, progress)
+    if as_json:
+        print_json(result)
+        return
+    cells = [
+        (
+            name,
+            f"{side['sqlite_queries_per_s']:.0f}",
+            _percent(side["sqlite_vs_none"]),
+            f"{side['reader_bytes_per_s'] / 1e6:.0f}",
+            _percent(side["reader_vs_none"]),
+            _median(side["ttft_s"], ".2f"),
+            "-" if side["resident_bytes"] is None else human_bytes(side["resident_bytes"]),
+        )
+        for name, side in result["sides"].items()
+    ]
+    numbers = ("SQLITE/s", "OF NONE", "READ MB/s", "OF NONE ", "TTFT s", "RESIDENT")
+    click.echo("\n" + table(("SIDE", *numbers), cells, right=frozenset(numbers)))
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+@click.command("ablation")
+@SHAPE
+@click.option(
+    "--quant",
+    default="Q4_0",
+    show_default=True,
+    help="F16, Q8_0, Q4_0, Q4_K_M or IQ4_NL; `layout` needs a repacked one.",
+)
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1, 65536), default=128, show_default=True, help="Prompt length."
+)
+@click.option(
+    "--prefix", type=float, default=0.5, show_default=True, help="Share of the weights that is resident."
+)
+@ROUNDS
+@THREADS
+@DIRECTORY
+@JSON
+def ablation(
+    *,
+    shape: str,
+    quant: str,
+    prompt_tokens: int,
+    prefix: float,
+    rounds: int,
+    threads: int | None,
+    directory: Path | None,
+    as_json: bool,
+) -> None:
+    """What pipeline, resident prefix and execution layout bring to a cold start, one on top of the other."""
+    from ..bench.ablation import AblationOptions, run
+
+    options = AblationOptions(
+        shape, quant, prompt_tokens, prefix, rounds, directory or default_directory(), threads or 0
+    )
+    with progress_bar("model") as progress:
+        result = run(options, note, progress)
+    if as_json:
+        print_json(result)
+        return
+    cells = [
+        (
+            name,
+            _median(step["ttft_s"], ".3f"),
+            f"{step['vs_step_before']:.2f}",
+            f"{step['vs_sequential']:.2f}",
+        )
+        for name, step in result["steps"].items()
+    ]
+    numbers = ("TTFT s", "OF THE STEP BEFORE", "OF SEQUENTIAL")
+    click.echo("\n" + table(("STEP", *numbers), cells, right=frozenset(numbers)))
+    for name, reason in result["skipped"].items():
+        note(f"{name} was not measured: {reason}")
+
+
+COMMANDS = (memory, soak, neighbours, ablation)
