@@ -26,7 +26,7 @@ MODEL = HERE.parent / "models" / "demo-assistant.gguf"
 HANDWRITTEN = HERE / "handwritten.jsonl"
 RESULT = HERE / "evaluation.json"
 HELD_OUT_COMMANDS = 1000
-HELD_OUT_SEED = 47_000
+HELD_OUT_SEED = 63_000
 MAX_TOKENS = 160
 
 Case = tuple[str, Call]  # a sentence and the call it asks for

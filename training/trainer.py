@@ -23,7 +23,7 @@ Encoded = tuple[list[int], list[bool]]  # token ids, and which of them are learn
 class Plan:
     """How long and how fast to train; with the seed it fixes the result."""
 
-    steps: int = 2800
+    steps: int = 2500
     batch_tokens: int = 4096
     block_rate: float = 5e-3
     embedding_rate: float = 3e-3
