@@ -196,6 +196,7 @@ class ModelInfo:
     execution_layout: bool = False  # from the device's own copy, which needs no repacking
     layout_hint: str = ""  # why not, in one line; empty when it is, or when nothing is to be gained
     makes_embeddings: bool = False  # instead of text
+    adapter: str = ""  # the model id of the LoRA adapter that is applied; empty: none
 
 
 @dataclass(frozen=True)

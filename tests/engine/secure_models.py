@@ -20,6 +20,7 @@ import numpy.typing as npt
 from flexserve.bench.generate import write_model
 from flexserve.bench.shapes import ModelShape
 from flexserve.core import PAGE_SIZE, Finished, Request, Sampling, Token
+from flexserve.engine.adapter import SealedAdapter
 from flexserve.engine.llama import Context, ContextOptions, Model, Sampler
 from flexserve.engine.model import EngineOptions, SecureModel
 from flexserve.engine.sessions import SessionStore
@@ -62,6 +63,7 @@ class Opener:
         self._vendor = VendorKey.generate()
         self._opened: list[Opened] = []
         self._names = itertools.count()
+        self._adapters: list[int] = []
 
     def generate(self, shape: ModelShape, quant: str, seed: int = 0) -> Path:
         path = self._directory / f"{shape.name}-{quant}-{seed}.gguf"
@@ -69,8 +71,17 @@ class Opener:
             write_model(shape, quant, path, seed)
         return path
 
-    def open(self, gguf: Path, *, sessions: SessionStore | None = None, **options: Any) -> Opened:
-        """Seal a GGUF and open it; no weight is resident."""
+    def open(
+        self,
+        gguf: Path,
+        *,
+        sessions: SessionStore | None = None,
+        adapter: Path | None = None,
+        scale: float = 1.0,
+        damage: Callable[[bytearray], None] = lambda _: None,
+        **options: Any,
+    ) -> Opened:
+        """Seal a GGUF and open it; no weight is resident. An `adapter` is a GGUF too; `damage` its sealed form."""
         flex = self._directory / f"{gguf.stem}-{next(self._names)}.flex"
         seal(gguf, flex, self._vendor)
         descriptors = [os.open(flex, os.O_RDONLY), os.open(flex, os.O_RDONLY | os.O_DIRECT)]
@@ -83,9 +94,20 @@ class Opener:
             zygote=TemplateZygote(),  # not started: these tests render no template
             options=EngineOptions(**{"threads": THREADS, "context_tokens": CONTEXT_TOKENS, **options}),
             sessions=sessions,
+            adapter=None if adapter is None else self._adapter(adapter, scale, damage),
         )
         self._opened.append(opened := Opened(model, gguf, flex, descriptors))
         return opened
+
+    def _adapter(self, gguf: Path, scale: float, damage: Callable[[bytearray], None]) -> SealedAdapter:
+        flex = self._directory / f"adapter-{next(self._names)}.flex"
+        seal(gguf, flex, self._vendor)
+        data = bytearray(flex.read_bytes())
+        damage(data)
+        flex.write_bytes(data)
+        self._adapters.append(os.open(flex, os.O_RDONLY))
+        sealed = SealedModel.open(self._adapters[-1], [self._vendor.public])
+        return SealedAdapter(sealed.unlock(model_key(flex, self._vendor)), scale)
 
     def discard(self, opened: Opened) -> None:
         """Close a model before the end, where many are opened."""
@@ -96,6 +118,8 @@ class Opener:
     def close(self) -> None:
         for opened in self._opened:
             opened.close()
+        for fd in self._adapters:
+            os.close(fd)
 
 
 @dataclass

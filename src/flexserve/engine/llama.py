@@ -118,6 +118,16 @@ class Model:
             raise ModelUnsupported(f"llama.cpp cannot load {path}: {_why()}")
         return cls(handle)
 
+    def add_adapter(self, gguf: bytearray) -> Any:
+        """Load a LoRA adapter that was checked and fits (adapter_rules.py), before any context is made. It lives as
+        long as the model. `gguf`, the whole file, is zeroed. Raises `ModelUnsupported` with llama.cpp's reason."""
+        _errors.clear()
+        with ggml.giving_back(), ggml.Skeleton(gguf, len(gguf)) as file:
+            handle = api.llama_adapter_lora_init_from_file_ptr(self.handle, file.file)
+        if not handle:
+            raise ModelUnsupported(f"llama.cpp cannot load this adapter: {_why()}")
+        return handle
+
     def close(self) -> None:
         if self.handle:
             api.llama_model_free(self.handle)
@@ -254,6 +264,12 @@ class Context:
         self.context_tokens = int(api.llama_n_ctx(self.handle))
         self.tokens: list[int] = []  # that it remembers
         self.batches: list[int] = []  # how many of them were computed at once, in order
+
+    def use_adapter(self, adapter: Any, scale: float) -> None:
+        """Compute with an adapter of the model from now on: `scale` times what it adds."""
+        adapters = (api.llama_adapter_lora_p_ctypes * 1)(adapter)
+        if api.llama_set_adapters_lora(self.handle, adapters, 1, (ctypes.c_float * 1)(scale)) != 0:
+            raise EngineFailure("llama.cpp does not apply the adapter")
 
     @property
     def used(self) -> int:

@@ -27,6 +27,7 @@ from ..sealed.layout import LEARNED_POSITIONS
 from ..sealed.reader import UnlockedModel
 from ..sealed.session_file import MadeBy
 from ..sealed.verify import check_inside
+from .adapter import SealedAdapter
 from .answering import Answering, Equipment
 from .cache import cache_bytes, pooled_bytes
 from .embedding import makes_embeddings, most_tokens
@@ -71,6 +72,7 @@ class SecureModel:
         copy: CopyFiles | None = None,
         sessions: SessionStore | None = None,
         listener: Listener | None = None,
+        adapter: SealedAdapter | None = None,
     ) -> None:
         """`cached` and `direct` are descriptors of the sealed file (source.py); the caller closes them. With a
         `copy`, weights come from there, in execution layout, and everything else from the sealed file. Without
@@ -119,6 +121,7 @@ class SecureModel:
             self._model = Model.from_skeleton(
                 meta, manifest.gguf_bytes, self._buffer_type, repacked=copy is not None
             )
+            added = None if adapter is None else adapter.load(self._model, header)
             trained = self._model.context_tokens or DEFAULT_CONTEXT_TOKENS
             most = most_tokens(header) if self._embeds else DEFAULT_CONTEXT_TOKENS
             context_tokens = options.context_tokens or min(trained, most)
@@ -138,6 +141,8 @@ class SecureModel:
                 self._model,
                 ContextOptions(context_tokens, options.threads, embeddings=self._embeds, gives_back=True),
             )
+            if adapter is not None:
+                self._context.use_adapter(added, adapter.scale)
             # llama.cpp rounds the context up: room that these cannot use.
             exact = learned or self._embeds
             self._context_tokens = context_tokens if exact else self._context.context_tokens
@@ -168,11 +173,13 @@ class SecureModel:
             has_chat_template=self._template is not None,
             execution_layout=copy is not None,
             makes_embeddings=self._embeds,
+            adapter="" if adapter is None else adapter.unlocked.manifest.model_id,
         )
         self._sessions: ModelSessions | None = None
         if sessions is not None and not self._embeds:
+            digest = unlocked.sealed.digest
             made_by = _made_by(
-                unlocked.sealed.digest,
+                digest if adapter is None else adapter.digest_with(digest),
                 self._context.context_tokens,
                 options,
                 copied=copy is not None,

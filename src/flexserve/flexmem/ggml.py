@@ -139,8 +139,9 @@ def _api() -> _Api:
 
 @contextmanager
 def giving_back() -> Iterator[None]:
-    """Within the block, make one llama.cpp context: what it remembers then takes memory only for the tokens that are
-    there, and gives it back, zeroed, when it is cleared. Nothing else may allocate a ggml buffer meanwhile."""
+    """Within the block, make one llama.cpp context, or load an adapter. What a context remembers then takes memory only
+    for the tokens that are there, and gives it back, zeroed, when it is cleared; an adapter does when it is freed.
+    Nothing else may allocate a ggml buffer meanwhile."""
     with _redirecting:
         if _native().flex_remember(ggml_base().ggml_backend_cpu_buffer_type(), ctypes.byref(_api())) != 0:
             raise AssertionError("two contexts are being made at once")
@@ -211,10 +212,15 @@ class ArenaBufferType:
 
 
 class Skeleton:
-    """A C FILE with a GGUF header's bytes and the whole model's size, but no data."""
+    """A C FILE with a GGUF header's bytes and the whole model's size, but no data: it is read as anything."""
 
-    def __init__(self, header: bytes, size: int) -> None:
-        self._header = ctypes.create_string_buffer(header, len(header))
+    def __init__(self, header: bytes | bytearray, size: int) -> None:
+        """A `bytearray` is not copied, and zeroed at the end; with the whole file in it, nothing is missing."""
+        self._header = (
+            (ctypes.c_char * len(header)).from_buffer(header)
+            if isinstance(header, bytearray)
+            else ctypes.create_string_buffer(header, len(header))
+        )
         self.file = _native().flex_skeleton_open(ctypes.addressof(self._header), len(header), size)
         if not self.file:
             raise MemoryError

@@ -135,8 +135,13 @@ static struct buffer *buffer_of_type(
     return a->api.buffer_init(t, iface, a, size);
 }
 
+static struct buffer *alloc_memory(struct buffer_type *t, size_t size);
+
+/* The model's weights have their places. What llama.cpp allocates beside them afterwards (an adapter takes the type of
+ * the weight it changes) has ordinary memory. */
 static struct buffer *alloc_buffer(struct buffer_type *t, size_t size) {
-    return buffer_of_type((struct arena_type *)t, t, init_tensor, size);
+    struct arena_type *a = (struct arena_type *)t;
+    return a->loading ? buffer_of_type(a, t, init_tensor, size) : alloc_memory(t, size);
 }
 
 /* Execution layout. Here llama.cpp must see its own two buffer types, CPU and CPU_REPACK: it chooses between them
@@ -187,8 +192,8 @@ void flex_redirect_end(void) {
     redirected.to = NULL;
 }
 
-/* What a context remembers of its tokens. While a context is made, and only then, the CPU buffer type hands out this
- * memory instead of its own: when it is cleared, it is zeroed and its pages go back to the kernel, so that only tokens
+/* What a context remembers of its tokens, and adapters. While one is made, and only then, the CPU buffer type hands out
+ * this memory instead of its own: when it is cleared, it is zeroed and its pages go back to the kernel, so that only tokens
  * that are there take memory. */
 #define MADV_DONTNEED_LOCKED_ 24 /* Linux 5.18; plain DONTNEED refuses locked pages */
 
@@ -299,7 +304,7 @@ struct arena_type *flex_type_new(const char *name, void *base, const struct ggml
     a->type.iface = (struct buffer_type_i){.get_name = get_name, .alloc_buffer = alloc_buffer,
                                            .get_alignment = get_alignment, .is_host = is_host};
     strncpy(a->name, name, sizeof a->name - 1);
-    a->api = *api;
+    a->api = remembering.api = *api;
     a->base = base;
     a->loading = true;
     return a;

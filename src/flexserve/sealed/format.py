@@ -214,6 +214,11 @@ class Manifest:
         return self.plan.regions[kind - 1]
 
     @property
+    def is_adapter(self) -> bool:
+        """An adapter has no embedding, and everything else has one. What is inside must agree."""
+        return self.region(RegionKind.EMBED).length == 0
+
+    @property
     def vendor_wrap_info(self) -> bytes:
         """The HPKE info of `vendor_wrap`."""
         return vendor_wrap_info(self.model_id, self.model_version, self.sealing_id, self.key_commitment)

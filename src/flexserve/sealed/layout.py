@@ -119,6 +119,25 @@ def plan_layout(header: GGUFHeader) -> Layout:
     )
 
 
+def plan_adapter(header: GGUFHeader) -> Layout:
+    """Place the tensors of an adapter one after the other: it has no embedding, and is always loaded as a whole."""
+    placements = []
+    end = 0
+    for tensor in header.tensors:
+        placements.append(Placement(_round_up(end, TENSOR_ALIGNMENT), tensor.nbytes))
+        end = placements[-1].end
+    image_bytes = _round_up(end, PAGE_SIZE)
+    return Layout(
+        placements=tuple(placements),
+        execution_order=tuple(range(len(placements))),
+        embed_bytes=0,
+        body_offset=0,
+        body_bytes=image_bytes,
+        image_bytes=image_bytes,
+        tied_output=False,
+    )
+
+
 def execution_order(names: Iterable[str]) -> list[int]:
     """Indices of `names` in the order a forward pass needs the tensors, the token embedding first.
 

@@ -139,7 +139,7 @@ def _check_general(header: GGUFHeader) -> str:
     if kind != "model":
         raise ModelUnsupported(
             f"key 'general.type' says {kind!r}: only whole models can be served",
-            hint="merge it into its model first: llama-export-lora" if kind == "adapter" else "",
+            hint="give an adapter beside its model: --adapter" if kind == "adapter" else "",
         )
     parts = _scalar(header, "split.count", 1)
     if not isinstance(parts, int) or parts > 1:

@@ -256,6 +256,12 @@ class UnlockedModel(UnlockedImage):
         """
         region = self.manifest.region(kind)
         out = bytearray(region.padded_bytes)
+        self.read_region_into(kind, memoryview(out))
+        return bytes(memoryview(out)[: region.length])
+
+    def read_region_into(self, kind: RegionKind, out: memoryview) -> None:
+        """The same, into `padded_bytes` of the caller's. After an error there may be authentic plaintext in it."""
+        region = self.manifest.region(kind)
         ciphertext = memoryview(bytearray(region.unit_bytes + TAG_BYTES))
         for index in range(region.first_segment, region.first_segment + region.segment_count):
             segment = self.segments[index]
@@ -264,9 +270,8 @@ class UnlockedModel(UnlockedImage):
             self.decrypt_into(
                 index,
                 ciphertext[: segment.length + TAG_BYTES],
-                memoryview(out)[start : start + segment.length],
+                out[start : start + segment.length],
             )
-        return bytes(memoryview(out)[: region.length])
 
     def gguf_header(self) -> bytes:
         """The GGUF file up to its tensor data: authentic, and still to be parsed with limits (gguf.py)."""

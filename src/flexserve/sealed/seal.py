@@ -21,12 +21,13 @@ from pathlib import Path
 from ..core import SEGMENT_SIZE
 from ..errors import ModelMalformed, StorageFailure, Usage
 from . import format as fmt
+from .adapter_rules import check_adapter, is_adapter
 from .crypto import KEY_BYTES, TAG_BYTES, SegmentCipher, key_commitment
 from .files import BulkWriter, page_buffer, pwrite_all, replacing
 from .format import Description, Manifest, Plan, Region, RegionKind, TensorExtent
 from .gguf import GGUFHeader, check_model, describe
 from .keys import VendorKey
-from .layout import plan_layout
+from .layout import plan_adapter, plan_layout
 from .model_rules import NOT_REVIEWED
 from .split import open_source
 from .workers import run_workers
@@ -63,7 +64,7 @@ def seal(
     progress: Progress | None = None,
     trial: Callable[[Path, str], None] | None = None,
 ) -> Manifest:
-    """Seal a model into a new file, replacing `out_path` only when everything is written and synced.
+    """Seal a model or a LoRA adapter into a new file, replacing `out_path` only when everything is written and synced.
 
     Of a split model `gguf_path` is the first part; the others are found by their names. Without `model_id` it is
     made from the file's `general.name`, or its own name. `progress` is called a few times per second from this
@@ -82,8 +83,9 @@ def seal(
         source = open_source(gguf_path, stack)
         if out_path.exists() and any(os.path.samestat(out_path.stat(), os.fstat(f)) for f in source.files):
             raise Usage(f"{out_path} is the model itself", hint="give another name with -o")
-        check_model(source.header)
-        if trial is not None and source.header.architecture in NOT_REVIEWED:
+        adapter = is_adapter(source.header)
+        (check_adapter if adapter else check_model)(source.header)
+        if trial is not None and not adapter and source.header.architecture in NOT_REVIEWED:
             trial(gguf_path, source.header.architecture)
         content = replace(
             content_of(source.meta, source.header), file_offsets=source.offsets, part_of=source.part_of
@@ -97,7 +99,7 @@ def seal(
 
 def content_of(meta: bytes, header: GGUFHeader) -> Content:
     """What sealing needs to know of a checked header. Raises `ModelMalformed`."""
-    layout = plan_layout(header)
+    layout = plan_adapter(header) if is_adapter(header) else plan_layout(header)
     about = describe(header)
     return Content(
         meta=meta,

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import ModelMalformed, SealedTruncated, SegmentNotAuthentic, StorageFailure
+from ..errors import ModelMalformed, ModelUnsupported, SealedTruncated, SegmentNotAuthentic, StorageFailure
+from .adapter_rules import check_adapter, is_adapter
 from .crypto import TAG_BYTES
 from .format import UNIT_BYTES, Manifest, RegionKind, SegmentRef
 from .gguf import GGUFHeader, check_model, parse_header
-from .layout import plan_layout
+from .layout import Layout, plan_adapter, plan_layout
 from .reader import SealedModel, UnlockedModel, pread_exact
 from .workers import run_workers
 
@@ -61,7 +62,8 @@ def verify(
     names: tuple[str, ...] = ()
     meta = sealed.region(RegionKind.META)
     if unlocked is not None and not any(index < meta.segment_count for index in problems):
-        header = check_inside(sealed.manifest, unlocked.gguf_header())
+        check = check_adapter_inside if sealed.manifest.is_adapter else check_inside
+        header = check(sealed.manifest, unlocked.gguf_header())
         names = tuple(tensor.name for tensor in header.tensors)
     tensors_in = _tensors_by_place(sealed.manifest, names)
     bad = tuple(
@@ -73,17 +75,31 @@ def verify(
 
 
 def check_inside(manifest: Manifest, meta: bytes) -> GGUFHeader:
-    """The checked GGUF header, if authentic META fits the manifest. Raises `ModelMalformed`."""
+    """The checked GGUF header of a model, if authentic META fits the manifest. Raises `ModelMalformed`,
+    `ModelUnsupported` for what cannot be served, an adapter among others."""
     header = parse_header(meta, manifest.gguf_bytes)
     check_model(header)
-    layout = plan_layout(header)
+    _check_places(manifest, meta, header, plan_layout(header))
+    return header
+
+
+def check_adapter_inside(manifest: Manifest, meta: bytes) -> GGUFHeader:
+    """The same of an adapter."""
+    header = parse_header(meta, manifest.gguf_bytes)
+    if not is_adapter(header):
+        raise ModelUnsupported("this is no adapter: key 'general.type' says nothing of one")
+    check_adapter(header)
+    _check_places(manifest, meta, header, plan_adapter(header))
+    return header
+
+
+def _check_places(manifest: Manifest, meta: bytes, header: GGUFHeader, layout: Layout) -> None:
     regions = manifest.plan.regions
     sizes = (layout.embed_bytes, layout.body_bytes)
     if header.data_offset != len(meta) or sizes != (regions[1].length, regions[2].length):
         raise ModelMalformed("the sealed model's regions are not those of the model inside")
     if tuple((p.image_offset, p.nbytes) for p in layout.placements) != manifest.tensors:
         raise ModelMalformed("the sealed model's tensor map is not that of the model inside")
-    return header
 
 
 def _tensors_by_place(manifest: Manifest, names: tuple[str, ...]) -> Callable[[SegmentRef], tuple[str, ...]]:
