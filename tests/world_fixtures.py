@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from flexserve.bench.shapes import ModelShape
+from flexserve.framework.settings import Settings
 from flexserve.sealed.keyfile import write_key
 from flexserve.sealed.keys import DeviceKey, VendorKey
 from flexserve.sealed.seal import seal
@@ -21,6 +22,16 @@ from flexserve.worlds.linux import LinuxWorld
 from .sealed_fixtures import Kit, license_for, make_kit
 
 DEMO = Path(__file__).parent.parent / "models" / "demo-assistant.gguf"
+
+
+# A model of four megabytes has something to give, and can be streamed through less than it has.
+SMALL_LIMITS = Settings(
+    budget_bytes=1 << 30,
+    cap_bytes=2 << 30,
+    floor_bytes=2 << 20,
+    stream_window_bytes=512 << 10,
+    stream_behind_bytes=128 << 10,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,11 @@ def linux_world(device: Device, **options: Any) -> Iterator[LinuxWorld]:
     """A started linux world on this device, with a state directory of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(device.directory / "state"))
-        world = LinuxWorld(str(device.key_path), vendor_pub=device.vendor_path, **{"threads": 1, **options})
+        world = LinuxWorld(
+            str(device.key_path),
+            vendor_pub=device.vendor_path,
+            **{"threads": 1, "settings": SMALL_LIMITS, **options},
+        )
         world.start()
         try:
             yield world

@@ -51,7 +51,9 @@ NONSENSE = {
     "too few fields": encoded("Status"),
     "too many fields": encoded("Status", 1, 2),
     "a wrong type": encoded("Status", "one"),
-    "a number too big": encoded("Recall", 1, 1e300),
+    "a number too big": encoded("Recall", 1, 1e300, 1.0),
+    "a deadline that is no time": encoded("Recall", 1, 1, float("nan")),
+    "a deadline that never comes": encoded("Recall", 1, 1, float("inf")),
     "a name too long": encoded("Cancel", "x" * 5000),
     "bad UTF-8": frame(b"\x92\xa6Cancel\xa2\xff\xfe"),
     "deep nesting": frame(DEEP),
@@ -198,8 +200,13 @@ def test_a_secure_world_refuses_what_is_no_sealed_model_and_goes_on(
     raw.channel.send(messages.Register(52, "m", licence, b"not a state", 1), (good,))
     assert raw.channel.receive().code == "state_not_authentic"
     raw.channel.send(messages.Cancel("nobody"))
-    raw.channel.send(messages.Recall(53, -5))
-    assert raw.channel.receive().nbytes == 0
+    raw.channel.send(messages.Recall(53, -5, 1.0))
+    assert raw.channel.receive() == messages.RecallAnswered(53, 0, 0)
+    assert raw.channel.receive() == messages.RecallEnded(53, 0)
+    raw.channel.send(messages.SetBudget(55, -1, -1, -1))
+    assert raw.channel.receive().code == "invalid_request"
+    raw.channel.send(messages.SetBudget(56, None, 1, 2))
+    assert raw.channel.receive().code == "invalid_request"
     raw.channel.send(messages.Register(54, "m", licence, None, 2), (good, good))
     assert isinstance(raw.channel.receive(), messages.Registered)
     raw.channel.send(messages.Generate(Request(id="a", model="m", token_ids=(1,), max_tokens=1)))
@@ -290,7 +297,7 @@ IMPOSTORS: dict[str, Behaviour] = {
 # Messages that are in order, but not what was asked for: who asked gets an error, the others wait on.
 WRONG: dict[str, Behaviour] = {
     "the wrong answer": says(*(messages.Registered(n, INFO, b"") for n in range(1, 9))),
-    "another wrong answer": says(*(messages.Recalled(n, 5) for n in range(1, 9))),
+    "another wrong answer": says(*(messages.Traced(n, ["{}"]) for n in range(1, 9))),
     "a third wrong answer": says(*(messages.Reported(n, STATUS) for n in range(1, 9))),
     "an error without a code": says(*(Failed(None, n, "", "", "") for n in range(1, 9))),
 }

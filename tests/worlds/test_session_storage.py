@@ -66,32 +66,40 @@ def test_a_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         SessionStorage(tmp_path / "file" / "below")
 
 
-def test_the_keeper_saves_when_answers_have_stopped_and_at_the_end(tmp_path: Path) -> None:
+def nothing() -> None:
+    """Nobody is told."""
+
+
+def test_the_keeper_saves_when_it_is_wanted_and_everything_at_the_end(tmp_path: Path) -> None:
     unsaved = [salt(1), salt(2)]
     emptied = threading.Event()
+    asked: list[bool] = []
 
-    def call(kind: Any, _make: Any, descriptors: tuple[int, ...], _process: object = None) -> Any:
+    def call(kind: Any, make: Any, descriptors: tuple[int, ...], _process: object = None) -> Any:
         assert kind is SessionSaved
         assert len(descriptors) == 1
+        asked.append(make(1).everything)
         if unsaved:
             return SessionSaved(1, unsaved.pop(), [])
         emptied.set()
         return SessionSaved(1, None, [])
 
-    keeper = SessionKeeper(tmp_path, call, after_s=0.01)
+    keeper = SessionKeeper(tmp_path, call, nothing)
     keeper.start()
-    assert names(tmp_path) == []  # nothing was answered
-    keeper.answered()
+    assert names(tmp_path) == []  # nothing was wanted
+    keeper.wanted()
     assert emptied.wait(20)
+    assert not any(asked)
     unsaved.append(salt(3))
     keeper.finish()
     keeper.finish()
+    assert asked[-1]
     assert names(tmp_path) == [salt(n).hex() + SUFFIX for n in (1, 2, 3)]
 
 
 def test_files_that_are_not_needed_any_more_go_after_the_save(tmp_path: Path) -> None:
     answers = [SessionSaved(1, salt(2), [salt(1)]), SessionSaved(1, None, [])]
-    keeper = SessionKeeper(tmp_path, lambda *_: answers.pop(0))
+    keeper = SessionKeeper(tmp_path, lambda *_: answers.pop(0), nothing)
     add(keeper.storage, 1)
     assert keeper.save() == 1
     assert names(tmp_path) == [salt(2).hex() + SUFFIX]
@@ -101,7 +109,7 @@ def test_a_process_that_ends_while_it_saves_leaves_no_half_file(tmp_path: Path) 
     def call(*_: object) -> Any:
         raise WorldCrashed("it ended")
 
-    keeper = SessionKeeper(tmp_path, call)
+    keeper = SessionKeeper(tmp_path, call, nothing)
     with pytest.raises(WorldCrashed):
         keeper.save()
     assert names(tmp_path) == []
@@ -121,8 +129,21 @@ def test_every_file_is_offered_once(tmp_path: Path) -> None:
         offered.append(os.read(descriptors[0], 1)[0])
         return SessionOffered(1, believed=False)
 
-    keeper = SessionKeeper(tmp_path, call)
+    keeper = SessionKeeper(tmp_path, call, nothing)
     add(keeper.storage, 1)
     add(keeper.storage, 2)
     keeper.offer(None)
     assert sorted(offered) == [1, 2]
+
+
+def test_a_storage_that_refuses_is_told_of_so_that_nobody_waits(tmp_path: Path) -> None:
+    told = threading.Event()
+
+    def call(*_: object) -> Any:
+        raise StorageFailure("the disk is full")
+
+    keeper = SessionKeeper(tmp_path, call, told.set)
+    keeper.start()
+    keeper.wanted()
+    assert told.wait(20)
+    keeper.finish()

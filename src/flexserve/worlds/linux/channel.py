@@ -17,8 +17,9 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ...core import DeviceCopyInfo, Finished, ModelInfo, Request, WorldStatus
+from ...core import Budget, DeviceCopyInfo, Finished, ModelInfo, Request, WorldStatus
 from ...errors import EngineFailure, FlexServeError, by_code
+from ...framework.settings import Settings
 
 MAX_FRAME = 64 << 20
 MAX_DESCRIPTORS = 4
@@ -48,6 +49,8 @@ class Configure(_Message):
     session_bytes: int | None = (
         None  # of memory for sessions between their turns; None: the usual, 0: keep none
     )
+    settings: Settings | None = None  # the Framework's; None: the usual, its limits by this machine's memory
+    saves: bool = False  # there is a storage for sessions
 
 
 class Register(_Message):
@@ -83,10 +86,33 @@ class Cancel(_Message):
 
 
 class Recall(_Message):
-    """Give back up to `nbytes`."""
+    """Give back up to `nbytes` (rsmem_reclaim)."""
 
     call: int
     nbytes: int
+    deadline_s: float
+
+
+class Offer(_Message):
+    """Hold `nbytes` more (rsmem_alloc)."""
+
+    nbytes: int
+
+
+class SetBudget(_Message):
+    """Set limits; None leaves one as it is."""
+
+    call: int
+    soft_bytes: int | None
+    hard_bytes: int | None
+    floor_bytes: int | None
+
+
+class Trace(_Message):
+    """Tell of the Framework's events above this number."""
+
+    call: int
+    after: int
 
 
 class Status(_Message):
@@ -102,9 +128,14 @@ class OfferSession(_Message):
 
 
 class SaveSession(_Message):
-    """Save the least recently used session that is not saved yet. Descriptor: an empty file."""
+    """Save the next session that is to be saved. Descriptor: an empty file. `everything`: also one that is not."""
 
     call: int
+    everything: bool = False
+
+
+class CannotSave(_Message):
+    """The storage has no room, or refuses."""
 
 
 # Secure world to normal world
@@ -180,11 +211,49 @@ class Failed(_Message):
         return by_code(self.code)(self.message, hint=self.hint)
 
 
-class Recalled(_Message):
-    """The answer to `Recall`."""
+class RecallAnswered(_Message):
+    """The answer to `Recall`: so much will be given back, `later_bytes` of it when it is saved."""
 
     call: int
+    chosen_bytes: int
+    later_bytes: int
+
+
+class RecallBegan(_Message):
+    """The first bytes of a recall are back."""
+
+    call: int
+
+
+class RecallEnded(_Message):
+    """All bytes that a recall chose are back."""
+
+    call: int
+    freed_bytes: int
+
+
+class OfferWanted(_Message):
+    """A request could use so much more than the budget."""
+
     nbytes: int
+
+
+class SavesWanted(_Message):
+    """Sessions are to be saved, or files of saved ones not needed any more."""
+
+
+class BudgetReported(_Message):
+    """The answer to `SetBudget`."""
+
+    call: int
+    budget: Budget
+
+
+class Traced(_Message):
+    """The answer to `Trace`: JSON lines."""
+
+    call: int
+    lines: list[str]
 
 
 class Reported(_Message):
@@ -210,9 +279,35 @@ class SessionSaved(_Message):
     gone: list[bytes]
 
 
-ToSecure = Configure | Register | Optimize | Generate | Cancel | Recall | Status | OfferSession | SaveSession
-CallAnswer = Registered | Progressed | Optimized | Recalled | Reported | SessionOffered | SessionSaved
-ToNormal = Ready | Tokens | Ended | Failed | CallAnswer
+ToSecure = (
+    Configure
+    | Register
+    | Optimize
+    | Generate
+    | Cancel
+    | Recall
+    | Offer
+    | SetBudget
+    | Trace
+    | Status
+    | OfferSession
+    | SaveSession
+    | CannotSave
+)
+CallAnswer = (
+    Registered
+    | Progressed
+    | Optimized
+    | RecallAnswered
+    | BudgetReported
+    | Traced
+    | Reported
+    | SessionOffered
+    | SessionSaved
+)
+ToNormal = (
+    Ready | Tokens | Ended | Failed | RecallBegan | RecallEnded | OfferWanted | SavesWanted | CallAnswer
+)
 
 
 def failed(error: FlexServeError, *, request: str | None = None, call: int | None = None) -> Failed:

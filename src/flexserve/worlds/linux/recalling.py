@@ -5,8 +5,15 @@ from __future__ import annotations
 import threading
 import time
 
-from ...errors import FlexServeError
+from ...errors import FlexServeError, InvalidRequest
 from ..base import Recalled
+
+
+def check_bytes(*sizes: int) -> None:
+    """Raises `InvalidRequest` for a number that is no size."""
+    for nbytes in sizes:
+        if not 0 <= nbytes < 1 << 63:
+            raise InvalidRequest(f"a number of bytes must be 0 to 2^63 - 1, and this one is {nbytes}")
 
 
 class LinuxRecalling:
@@ -18,7 +25,6 @@ class LinuxRecalling:
         self.answered_s = 0.0
         self._began = time.perf_counter()
         self._changed = threading.Condition()
-        self._answered = False
         self._first_byte_s: float | None = None
         self._end: Recalled | FlexServeError | None = None
 
@@ -33,20 +39,10 @@ class LinuxRecalling:
 
     # For the world only
 
-    def wait_for_answer(self, timeout_s: float) -> bool:
-        """Until bytes are chosen; False when they are not in time. Raises what ended the recall before."""
-        with self._changed:
-            done = self._changed.wait_for(lambda: self._answered or self._end is not None, timeout_s)
-            if isinstance(self._end, FlexServeError):
-                raise self._end
-            return done
-
     def answer(self, chosen_bytes: int, later_bytes: int) -> None:
         with self._changed:
             self.chosen_bytes, self.later_bytes = chosen_bytes, later_bytes
             self.answered_s = time.perf_counter() - self._began
-            self._answered = True
-            self._changed.notify_all()
 
     def first_byte(self) -> None:
         with self._changed:

@@ -1,7 +1,8 @@
 """The secure world's process: keys, plaintext, prompts and KV live here and nowhere else.
 
-    main thread      receives messages; cancels, recalls and reports at once
+    main thread      receives messages, and posts them to the Framework (runner.py)
     compute thread   registers models and answers requests, one after the other
+    storage thread   sessions, to files and from files (saving.py)
     loader threads   one set per model (flexmem.loader)
 
 It reads two things by itself, before anything else: the device's key and whom the device trusts. Models come
@@ -10,6 +11,7 @@ as descriptors, licences and the device state as bytes; it opens no other file. 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import queue
@@ -21,22 +23,23 @@ from pathlib import Path
 # Imported when first used, when no file can be opened any more.
 from cryptography.hazmat.backends.openssl import backend as _backend  # noqa: F401
 
-from ...core import Finished, FinishReason, Request, Timings, Token, WorldStatus
+from ...core import Budget, Finished, FinishReason, Timings, Token, WorldStatus
 from ...engine import llama
 from ...engine.layout import CopyFiles, copy_info, make_copy
 from ...engine.model import EngineOptions, SecureModel
-from ...engine.sessions import DEFAULT_LIMIT_BYTES, SessionStore
+from ...engine.sessions import SessionStore
 from ...engine.template import TemplateZygote
 from ...errors import (
     DeviceCopyRefused,
     EngineFailure,
     FlexServeError,
-    ModelNotFound,
+    InvalidRequest,
     ModelUnsupported,
-    SessionRefused,
 )
 from ...flexmem import repack
 from ...flexmem.uffd import UffdDeniedError, Userfaultfd
+from ...framework import events as ev
+from ...framework.settings import Settings
 from ...sealed.crypto import rest_ciphers
 from ...sealed.device_copy import open_copy
 from ...sealed.keyfile import load_device_key, read_passphrase_file
@@ -46,7 +49,9 @@ from ...sealed.reader import SealedModel
 from ...sealed.secret import is_secret, wipe
 from ...sealed.trust import TrustStore, read_public_key
 from .channel import (
+    BudgetReported,
     Cancel,
+    CannotSave,
     Channel,
     ChannelBroken,
     Configure,
@@ -54,30 +59,44 @@ from .channel import (
     Failed,
     Generate,
     Measures,
+    Offer,
     OfferSession,
+    OfferWanted,
     Optimize,
     Optimized,
     Progressed,
     Ready,
     Recall,
-    Recalled,
+    RecallAnswered,
+    RecallBegan,
+    RecallEnded,
     Register,
     Registered,
     Reported,
     SaveSession,
+    SavesWanted,
     SessionOffered,
     SessionSaved,
+    SetBudget,
     Status,
     Tokens,
+    ToNormal,
     ToSecure,
+    Trace,
+    Traced,
     failed,
 )
+from .run import Run
+from .runner import ModelListener, Outside, Runner
+from .saving import Saver
 
 PROGRESS_PERIOD_S = 0.1
-_Call = Register | Optimize | OfferSession | SaveSession
+MAX_DEADLINE_S = 1e6
+_Call = Register | Optimize
+_Saving = OfferSession | SaveSession
 
 
-class SecureWorld:
+class SecureWorld(Outside):
     """The process's state. Made after `Configure`."""
 
     def __init__(
@@ -109,18 +128,23 @@ class SecureWorld:
             context_tokens=configure.context_tokens,
             on_demand=self.flexmem == "userfaultfd",
             hide_from_dumps=configure.hardened,
+            memory_locked=self.measures.memory_locked,
         )
-        usual_bytes = DEFAULT_LIMIT_BYTES
-        self._sessions = SessionStore(
-            usual_bytes if configure.session_bytes is None else configure.session_bytes
+        self._runner = Runner(_settings(configure, on_demand=self._options.on_demand), self)
+        self._sessions = SessionStore(None)
+        self._keeps = configure.session_bytes != 0
+        self._saver = self._runner.saver = Saver(
+            self._sessions,
+            self.device,
+            self._runner,
+            saves=configure.saves,
+            tell=lambda: self._tell(SavesWanted()),
         )
-        self._models: dict[str, SecureModel] = {}
-        self._descriptors: dict[str, list[int]] = {}  # of the models' files
-        self._work: queue.SimpleQueue[tuple[_Call, list[int]] | tuple[Request, float]] = queue.SimpleQueue()
+        self._names: dict[str, str] = {}  # of the models: ours -> the Framework's
+        self._descriptors: dict[str, list[int]] = {}  # of the models' files, by the Framework's name
+        self._work: queue.SimpleQueue[tuple[_Call, list[int]] | tuple[Run, None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._pending: set[str] = set()  # requests that wait or run
-        self._cancelled: set[str] = set()
-        self._running: tuple[str, SecureModel] | None = None
+        self._running: tuple[Run, SecureModel] | None = None
         usual = threading.stack_size(llama.STACK_BYTES)  # address space: memory only where it is used
         threading.Thread(target=self._compute, name="compute", daemon=True).start()
         threading.stack_size(usual)
@@ -137,50 +161,126 @@ class SecureWorld:
             case Optimize():
                 self._work.put((message, self._channel.take_descriptors(2)))
             case OfferSession() | SaveSession():
-                self._work.put((message, self._channel.take_descriptors(1)))
+                (fd,) = self._channel.take_descriptors(1)
+                self._saver.do(lambda: self._save(message, fd))
+            case CannotSave():
+                self._saver.cannot()
             case Generate(request):
                 with self._lock:
-                    if request.id in self._pending:
-                        raise ChannelBroken(f"two requests have the id {request.id!r}")
-                    self._pending.add(request.id)
-                self._work.put((request, time.perf_counter()))
+                    model = self._names.get(request.model, request.model)
+                if not self._runner.arrive(request, model, time.perf_counter()):
+                    raise ChannelBroken(f"two requests have the id {request.id!r}")
             case Cancel(request_id):
+                run = self._runner.cancel(request_id)
                 with self._lock:
-                    if request_id in self._pending:
-                        self._cancelled.add(request_id)
-                    if self._running is not None and self._running[0] == request_id:
+                    if run is not None and self._running is not None and self._running[0] is run:
                         self._running[1].cancel()
-            case Recall(call, nbytes):
-                self._channel.send(Recalled(call, self._recall(nbytes)))
+            case Recall(call, nbytes, deadline_s):
+                if not 0 <= deadline_s <= MAX_DEADLINE_S:
+                    raise ChannelBroken("a recall's deadline is no time")
+                self._runner.post(ev.PressureRecall(call, max(nbytes, 0), deadline_s))
+            case Offer(nbytes):
+                self._runner.post(ev.Offer(max(nbytes, 0)))
+            case SetBudget(call):
+                self._set_budget(message)
+            case Trace(call, after):
+                self._tell(Traced(call, self._runner.trace(after)))
             case Status(call):
-                self._channel.send(Reported(call, self._status()))
+                self._tell(Reported(call, self._status()))
             case Configure():
                 raise ChannelBroken("the secure world is configured once")
 
-    def _recall(self, nbytes: int) -> int:
-        """Cheapest first: sessions that are saved already, weights, then sessions that will have to be computed again.
-        What a running answer computes on is none of these."""
-        freed = self._sessions.recall(nbytes, saved=True)
-        with self._lock:
-            models = sorted(self._models.values(), key=lambda m: m.last_used)  # least recently used first
-        for model in models:
-            freed += model.recall(max(nbytes - freed, 0))
-        return freed + self._sessions.recall(nbytes - freed, saved=False)
+    def _set_budget(self, message: SetBudget) -> None:
+        now = self._runner.budget()
+        hard = now.hard_bytes if message.hard_bytes is None else message.hard_bytes
+        floor = now.floor_bytes if message.floor_bytes is None else message.floor_bytes
+        if floor > hard or min(hard, floor, message.soft_bytes or 0) < 0:
+            error = InvalidRequest(
+                f"limits are no sizes, or the floor of {floor} bytes is above the hard cap of {hard} bytes"
+            )
+            self._tell(failed(error, call=message.call))
+            return
+        if (message.soft_bytes, message.hard_bytes, message.floor_bytes) != (None, None, None):
+            self._runner.post(ev.BudgetSet(message.soft_bytes, message.hard_bytes, message.floor_bytes))
+        self._tell(BudgetReported(message.call, self._runner.budget()))
 
     def _status(self) -> WorldStatus:
+        view = self._runner.view()
+        views = {one.model: one for one in view.models}
+        models = []
         with self._lock:
-            models, active = list(self._models.values()), self._running is not None
-            waiting = len(self._pending) - int(active)
+            names = list(self._names.items())
+        known = self._runner.models()
+        for _, name in names:
+            model = known.get(name)
+            if model is None:
+                continue
+            status = model.status()
+            if (seen := views.get(name)) is not None:
+                status = dataclasses.replace(
+                    status,
+                    prefix_bytes=seen.prefix,
+                    budget_bytes=seen.budget,
+                    streamed_bytes=seen.streamed,
+                )
+            models.append(status)
         return WorldStatus(
             world="linux",
             pid=os.getpid(),
             uptime_s=time.perf_counter() - self._started,
-            active_requests=int(active),
-            waiting_requests=max(waiting, 0),
+            active_requests=view.active,
+            waiting_requests=view.queued,
             restarts=0,  # the supervisor knows
             flexmem=self.flexmem,
-            models=tuple(m.status() for m in models),
+            models=tuple(models),
+            budget=Budget(view.budget, view.cap, view.floor, view.held),
         )
+
+    # What the runner tells (runner.Outside), on any thread
+
+    def compute(self, run: Run) -> None:
+        self._work.put((run, None))
+
+    def ended(self, run: Run, error: FlexServeError | None) -> None:
+        if error is None:
+            self._tell(Ended(run.name, Finished("", (), FinishReason.CANCELLED, Timings())))
+        else:
+            self._tell(failed(error, request=run.name))
+
+    def answered(self, call: int, chosen_bytes: int, later_bytes: int) -> None:
+        self._tell(RecallAnswered(call, chosen_bytes, later_bytes))
+
+    def began(self, call: int) -> None:
+        self._tell(RecallBegan(call))
+
+    def finished(self, call: int, freed_bytes: int) -> None:
+        self._tell(RecallEnded(call, freed_bytes))
+
+    def asks(self, nbytes: int) -> None:
+        self._tell(OfferWanted(nbytes))
+
+    def fails(self) -> None:
+        self._channel.shut()  # the normal world starts another process
+
+    def _tell(self, message: ToNormal) -> None:
+        with contextlib.suppress(OSError):  # the channel is gone; the main thread ends the process
+            self._channel.send(message)
+
+    # Storage thread
+
+    def _save(self, message: _Saving, fd: int) -> None:
+        try:
+            match message:
+                case OfferSession(call):
+                    self._tell(SessionOffered(call, self._saver.believe(fd)))
+                case SaveSession(call, everything):
+                    saved = self._saver.save_next(fd, everything=everything)
+                    self._tell(SessionSaved(call, saved, self._sessions.gone()))
+        except FlexServeError as error:
+            self._tell(failed(error, call=message.call))
+        except Exception as error:
+            failure = EngineFailure(f"saving sessions failed: {type(error).__name__}")
+            self._tell(failed(failure, call=message.call))
 
     # Compute thread
 
@@ -188,12 +288,11 @@ class SecureWorld:
         while True:
             first, second = self._work.get()
             try:
-                if isinstance(first, _Call):
-                    assert isinstance(second, list)
-                    self._call(first, second)
+                if isinstance(first, Run):
+                    self._answer(first)
                 else:
-                    assert isinstance(second, float)
-                    self._answer(first, second)
+                    assert second is not None
+                    self._call(first, second)
             except OSError:
                 return  # the channel is gone; the main thread ends the process
             except BaseException:
@@ -201,33 +300,21 @@ class SecureWorld:
                 raise
 
     def _call(self, message: _Call, descriptors: list[int]) -> None:
-        answer: Registered | Optimized | SessionOffered | SessionSaved | Failed
-        what = {Register: "registering", Optimize: "optimizing"}.get(type(message), "saving sessions")
+        answer: Registered | Optimized | Failed
         try:
             match message:
                 case Register():
                     answer = self._register(message, descriptors)
                 case Optimize():
                     answer = self._optimize(message, descriptors)
-                case OfferSession(call):
-                    answer = SessionOffered(call, self._believed(descriptors.pop()))
-                case SaveSession(call):
-                    saved = self._sessions.save_one(self.device, descriptors.pop())
-                    answer = SessionSaved(call, saved, self._sessions.gone())
         except FlexServeError as error:
             _close(descriptors)
             answer = failed(error, call=message.call)
         except Exception as error:
             _close(descriptors)
+            what = "registering" if isinstance(message, Register) else "optimizing"
             answer = failed(EngineFailure(f"{what} failed: {type(error).__name__}"), call=message.call)
         self._channel.send(answer)
-
-    def _believed(self, fd: int) -> bool:
-        try:
-            self._sessions.add_saved(self.device, fd)
-        except SessionRefused:
-            return False
-        return True
 
     def _open(self, fd: int, licence: bytes, state: bytes | None) -> tuple[SealedModel, Licensed]:
         sealed = SealedModel.open(fd, self._trusted)
@@ -238,22 +325,34 @@ class SecureWorld:
         if not message.descriptors:
             raise ChannelBroken("a model without a descriptor")
         sealed, licensed = self._open(descriptors[0], message.licence, message.state)
+        name = self._runner.new_name(message.name)
         try:
-            model = self._load(message, sealed, licensed, descriptors)
+            model = self._load(message, sealed, licensed, descriptors, ModelListener(self._runner, name))
         finally:
             wipe(licensed.model_key)
             rest_ciphers()
         with self._lock:
-            old = self._models.get(message.name)
-            self._models[message.name] = model
+            old = self._names.get(message.name)
+            self._names[message.name] = name
+            self._descriptors[name] = descriptors
+        self._runner.add(name, model)
         if old is not None:
-            old.close()
-            _close(self._descriptors[message.name])
-        self._descriptors[message.name] = descriptors
+            self._runner.remove(old)
         return Registered(message.call, model.info, licensed.state)
 
+    def closed(self, name: str) -> None:
+        """A model that was replaced is closed: its files are not read any more."""
+        with self._lock:
+            descriptors = self._descriptors.pop(name)
+        _close(descriptors)
+
     def _load(
-        self, message: Register, sealed: SealedModel, licensed: Licensed, descriptors: list[int]
+        self,
+        message: Register,
+        sealed: SealedModel,
+        licensed: Licensed,
+        descriptors: list[int],
+        listener: ModelListener,
     ) -> SecureModel:
         """From the device's own copy when it fits, otherwise from the sealed model; then `info` says why."""
         unlocked = sealed.unlock(licensed.model_key)
@@ -268,7 +367,8 @@ class SecureWorld:
                 zygote=self._zygote,
                 options=self._options,
                 copy=copy,
-                sessions=self._sessions,
+                sessions=self._sessions if self._keeps else None,
+                listener=listener,
             )
 
         why = ""
@@ -315,34 +415,31 @@ class SecureWorld:
         _close(descriptors)
         return Optimized(message.call, copy_info(sealed, manifest), licensed.state)
 
-    def _answer(self, request: Request, accepted_at: float) -> None:
+    def _answer(self, run: Run) -> None:
+        request, model = run.request, self._runner.models()[run.model]
         with self._lock:
-            model = self._models.get(request.model)
-            cancelled = request.id in self._cancelled
-            if model is not None and not cancelled:
-                self._running = (request.id, model)
+            self._running = run, model
+        end: Ended | Failed
         try:
-            if model is None:
-                raise ModelNotFound(f"no model {request.model!r} is registered")
-            if cancelled:
+            if run.cancelled:
                 finished = Finished("", (), FinishReason.CANCELLED, Timings())
             else:
                 finished = model.answer(
                     request,
                     lambda token: self._channel.send(_tokens(request.id, token)),
-                    lambda: request.id in self._cancelled,
-                    accepted_at,
+                    lambda: run.cancelled,
+                    run.accepted_at,
+                    run,
                 )
-            end = Ended(request.id, finished)
+            end = Ended(request.id, run.with_times(finished))
         except FlexServeError as error:
-            end = failed(error, request=request.id)  # type: ignore[assignment]
+            end = failed(error, request=request.id)
         except Exception as error:  # its text may quote a prompt: the type must do
-            end = failed(EngineFailure(f"answering failed: {type(error).__name__}"), request=request.id)  # type: ignore[assignment]
+            end = failed(EngineFailure(f"answering failed: {type(error).__name__}"), request=request.id)
         rest_ciphers()
         with self._lock:
             self._running = None
-            self._pending.discard(request.id)
-            self._cancelled.discard(request.id)
+        self._runner.done(run)
         self._channel.send(end)
 
 
@@ -375,6 +472,24 @@ def _device_key(configure: Configure) -> DeviceKey:
         ).encode()  # from the terminal, past the normal world
 
     return load_device_key(configure.device_key, passphrase)
+
+
+def _settings(configure: Configure, *, on_demand: bool) -> Settings:
+    """The Framework's. Without other wishes the secure world may have half of the machine's memory, and three quarters
+    where the normal world offers so much."""
+    settings = configure.settings
+    if settings is None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        usual = Settings()
+        settings = dataclasses.replace(
+            usual,
+            budget_bytes=memory // 2,
+            cap_bytes=memory * 3 // 4,
+            floor_bytes=min(usual.floor_bytes, memory // 8),
+        )
+    if configure.session_bytes is not None:
+        settings = dataclasses.replace(settings, session_limit_bytes=configure.session_bytes)
+    return dataclasses.replace(settings, saves=configure.saves, lazy=settings.lazy and on_demand)
 
 
 def _trusted(configure: Configure) -> Collection[VendorPublicKey]:

@@ -20,7 +20,6 @@ from .channel import OfferSession, SaveSession, SessionOffered, SessionSaved
 
 LIMIT_BYTES = 4 << 30  # the oldest files go first
 MAX_FILES = 256
-SAVE_AFTER_S = 10.0  # without an answer: the paper's early write-back, while idle
 _NAME = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
 
 
@@ -124,19 +123,20 @@ class NewFile:
 class SessionKeeper:
     """Has a secure process save its sessions, and tells the next one of them."""
 
-    def __init__(self, directory: Path, call: Callable[..., Any], after_s: float = SAVE_AFTER_S) -> None:
-        """`call(kind, make, descriptors, process)`: sends, and waits for the answer. Raises `StorageFailure`."""
+    def __init__(self, directory: Path, call: Callable[..., Any], cannot: Callable[[], None]) -> None:
+        """`call(kind, make, descriptors, process)`: sends, and waits for the answer. `cannot`: say that nothing can be
+        saved now. Raises `StorageFailure`."""
         self.storage = SessionStorage(directory)
         self._call = call
-        self._after_s = after_s
+        self._cannot = cannot
         self._saving = threading.Lock()
         self._changed = threading.Condition()
-        self._answers = 0  # since the last save
+        self._wanted = False
         self._ended = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """From now on save whenever no answer has ended for a while."""
+        """From now on save whenever the secure world wants to."""
         self._thread = threading.Thread(target=self._run, name="save-sessions", daemon=True)
         self._thread.start()
 
@@ -155,14 +155,19 @@ class SessionKeeper:
             finally:
                 os.close(fd)
 
-    def save(self) -> int:
-        """Have all sessions saved that are not; how many were. Raises `StorageFailure`, `WorldCrashed`."""
+    def save(self, *, everything: bool = True) -> int:
+        """Have sessions saved: those that the secure world wants saved, or all that are not; how many were.
+
+        Raises `StorageFailure`, `WorldCrashed`.
+        """
         count = 0
         with self._saving:
             while True:
                 file = self.storage.new()
                 try:
-                    answer = self._call(SessionSaved, SaveSession, (file.fd,))
+                    answer = self._call(
+                        SessionSaved, lambda call: SaveSession(call, everything=everything), (file.fd,)
+                    )
                     if answer.id is not None:
                         file.commit(answer.id)
                 finally:
@@ -173,10 +178,10 @@ class SessionKeeper:
                     return count
                 count += 1
 
-    def answered(self) -> None:
-        """An answer has ended."""
+    def wanted(self) -> None:
+        """The secure world has sessions to save, or files that it does not need any more."""
         with self._changed:
-            self._answers += 1
+            self._wanted = True
             self._changed.notify_all()
 
     def finish(self) -> None:
@@ -193,18 +198,18 @@ class SessionKeeper:
 
     def _run(self) -> None:
         while self._wait():
-            with contextlib.suppress(
-                FlexServeError
-            ):  # the disk is full, the process ends: time is lost at most
-                self.save()
+            try:
+                self.save(everything=False)
+            except StorageFailure:  # the disk is full
+                self._cannot()
+            except FlexServeError:  # the process ends
+                continue
 
     def _wait(self) -> bool:
-        """Until answers have ended, and then none for a while; False at the end."""
+        """Until something is to be saved; False at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._answers or self._ended)
-            while self._answers and not self._ended:
-                self._answers = 0
-                self._changed.wait_for(lambda: self._answers or self._ended, self._after_s)
+            self._changed.wait_for(lambda: self._wanted or self._ended)
+            self._wanted = False
             return not self._ended
 
 

@@ -24,33 +24,44 @@ from ...errors import (
     ModelUnsupported,
     WorldCrashed,
 )
+from ...framework.settings import Settings
 from ...sealed import statefile
 from ...sealed.files import replacing
 from ...sealed.trust import default_trust_dir
 from ..base import RECALL_DEADLINE_S, ModelSource
 from .calls import CALL_TIMEOUT_S, Calls
 from .channel import (
+    BudgetReported,
     CallAnswer,
     Cancel,
+    CannotSave,
     ChannelBroken,
     Configure,
     Ended,
     Failed,
     Generate,
+    Offer,
+    OfferWanted,
     Optimize,
     Optimized,
     Ready,
     Recall,
-    Recalled,
+    RecallAnswered,
+    RecallBegan,
+    RecallEnded,
     Register,
     Registered,
     Reported,
+    SavesWanted,
+    SetBudget,
     Status,
     Tokens,
+    Trace,
+    Traced,
 )
 from .generation import LinuxGeneration
 from .process import SecureProcess
-from .recalling import LinuxRecalling
+from .recalling import LinuxRecalling, check_bytes
 from .session_storage import SessionKeeper
 from .starter import Starter
 from .storage import Storage, given_away
@@ -94,10 +105,12 @@ class LinuxWorld:
         hardened: bool = True,
         session_dir: Path | None = None,
         session_bytes: int | None = None,
+        settings: Settings | None = None,
     ) -> None:
         """`device_key`: a path, or `credential:NAME`. `vendor_pub` replaces the trust store. `session_dir`: where
         conversations are saved, encrypted; None: nowhere. `session_bytes`: of memory for them; 0: keep none.
 
+        `settings`: the Framework's; None: the usual, half of this machine's memory as budget.
         `on_demand` off: no userfaultfd, models load fully before they compute. `hardened` off is for the
         tests that show what hardening is worth.
         """
@@ -113,6 +126,8 @@ class LinuxWorld:
             on_demand=on_demand,
             hardened=hardened,
             session_bytes=session_bytes,
+            settings=settings,
+            saves=session_dir is not None,
         )
         self._lock = threading.Condition()
         self._registering = threading.Lock()
@@ -124,6 +139,8 @@ class LinuxWorld:
         self._suspects: set[str] = set()  # the process ended while it loaded them again
         self._answers: dict[str, LinuxGeneration] = {}
         self._calls = Calls()
+        self._recallings: dict[int, LinuxRecalling] = {}
+        self._limits: tuple[int | None, int | None, int | None] = (None, None, None)  # as set by `budget`
         self._restarts = 0
         self._restarts_in_a_row = 0
         self._serving = False  # the process runs and has its models
@@ -132,7 +149,10 @@ class LinuxWorld:
         self._storage = Storage()
         self._state_directory: Path | None = None  # None: where this user keeps it
         self._starter: Starter | None = None
-        self._keeper = None if session_dir is None else SessionKeeper(session_dir, self._call)
+        self._keeper = (
+            None if session_dir is None else SessionKeeper(session_dir, self._call, self._cannot_save)
+        )
+        self.wanted_bytes = 0  # what a request could use more than the budget, as the secure world last said
 
     # Two users: for a server that is started as root
 
@@ -210,22 +230,38 @@ class LinuxWorld:
         return generation
 
     def recall(self, nbytes: int, *, deadline_s: float = RECALL_DEADLINE_S) -> LinuxRecalling:
+        check_bytes(nbytes)
         recalling = LinuxRecalling(nbytes)
-        freed = self._call(Recalled, lambda call: Recall(call, nbytes)).nbytes
-        recalling.answer(freed, 0)
-        recalling.finish(freed)
+
+        def make(call: int) -> Recall:
+            with self._lock:
+                self._recallings[call] = recalling
+            return Recall(call, nbytes, deadline_s)
+
+        self._call(RecallAnswered, make)
         return recalling
 
     def offer(self, nbytes: int) -> None:
-        raise EngineFailure("the linux world takes no offers yet")
+        check_bytes(nbytes)
+        with self._lock:
+            process = self._running()
+        with contextlib.suppress(OSError):  # the process died: the next one has what it was configured with
+            process.channel.send(Offer(nbytes))
 
     def budget(
         self, soft_bytes: int | None = None, hard_bytes: int | None = None, floor_bytes: int | None = None
     ) -> Budget:
-        raise EngineFailure("the linux world has no budget yet")
+        check_bytes(*(limit for limit in (soft_bytes, hard_bytes, floor_bytes) if limit is not None))
+        answer = self._call(BudgetReported, lambda call: SetBudget(call, soft_bytes, hard_bytes, floor_bytes))
+        with self._lock:  # for the process that comes next
+            old, now = self._limits, answer.budget
+            soft = now.soft_bytes if soft_bytes is not None else old[0]
+            hard = now.hard_bytes if hard_bytes is not None else old[1]
+            self._limits = soft, hard, now.floor_bytes if floor_bytes is not None else old[2]
+        return answer.budget
 
     def trace(self, after: int = 0) -> list[str]:
-        raise EngineFailure("the linux world has no trace yet")
+        return self._call(Traced, lambda call: Trace(call, after)).lines
 
     def status(self) -> WorldStatus:
         status = self._call(Reported, Status).status
@@ -446,6 +482,9 @@ class LinuxWorld:
     def _register_again(self, process: SecureProcess) -> None:
         """Give the models to a fresh process; requests that arrive meanwhile wait in `_running`."""
         with self._registering:
+            if any(limit is not None for limit in self._limits):
+                with contextlib.suppress(FlexServeError):
+                    self._call(BudgetReported, lambda call: SetBudget(call, *self._limits), process=process)
             if self._keeper is not None:
                 with contextlib.suppress(FlexServeError):
                     self._keeper.offer(process)
@@ -477,6 +516,10 @@ class LinuxWorld:
             answers, self._answers = list(self._answers.values()), {}
         for answer in answers:
             answer.push(error)
+        with self._lock:
+            recallings, self._recallings = list(self._recallings.values()), {}
+        for recalling in recallings:
+            recalling.fail(error)
         self._calls.end_all(error)
 
     def _handle(self, message: Any) -> None:
@@ -486,16 +529,41 @@ class LinuxWorld:
             case Ended(request_id, finished):
                 self._restarts_in_a_row = 0
                 self._push(request_id, finished)
-                if self._keeper is not None:
-                    self._keeper.answered()
             case Failed(id=str(request_id)):
                 self._push(request_id, message.error())
             case Failed(call=int(call)):
                 self._calls.reply(call, message.error())
+            case RecallAnswered(call, chosen, later):
+                self._recalling(call, lambda r: r.answer(chosen, later))
+                self._calls.reply(call, message)
+            case RecallBegan(call):
+                self._recalling(call, lambda r: r.first_byte())
+            case RecallEnded(call, freed):
+                self._recalling(call, lambda r: r.finish(freed))
+                with self._lock:
+                    self._recallings.pop(call, None)
+            case OfferWanted(nbytes):
+                self.wanted_bytes = nbytes
+            case SavesWanted():
+                if self._keeper is not None:
+                    self._keeper.wanted()
             case _ if isinstance(message, CallAnswer):
                 self._calls.reply(message.call, message)
             case _:
                 raise ChannelBroken("the secure world sent a message out of turn")
+
+    def _recalling(self, call: int, tell: Callable[[LinuxRecalling], None]) -> None:
+        with self._lock:
+            recalling = self._recallings.get(call)
+        if recalling is not None:
+            tell(recalling)
+
+    def _cannot_save(self) -> None:
+        with self._lock:
+            process = self._process
+        if process is not None:
+            with contextlib.suppress(OSError):
+                process.channel.send(CannotSave())
 
     def _push(self, request_id: str, item: Event | FlexServeError) -> None:
         with self._lock:
