@@ -53,10 +53,10 @@ clean:
 # The trustzone world's firmware, and the attacks on it. As root on Debian this installs what is missing.
 .PHONY: firmware tz tz-tools tz-linux
 tz-tools:
-	@if command -v qemu-system-aarch64 >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null; then :; \
+	@if command -v qemu-system-aarch64 >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null && test -e "$$(aarch64-linux-gnu-gcc -print-file-name=libc.a)"; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-system-arm gcc-aarch64-linux-gnu; \
-	else echo "error: qemu-system-aarch64 or aarch64-linux-gnu-gcc is missing; hint: apt-get install qemu-system-arm gcc-aarch64-linux-gnu"; exit 1; fi
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends qemu-system-arm gcc-aarch64-linux-gnu libc6-dev-arm64-cross; \
+	else echo "error: qemu-system-aarch64 or aarch64-linux-gnu-gcc is missing; hint: apt-get install qemu-system-arm gcc-aarch64-linux-gnu libc6-dev-arm64-cross"; exit 1; fi
 
 firmware: tz-tools
 	@$(MAKE) --no-print-directory -C firmware OUT=$(CURDIR)/build/firmware/release

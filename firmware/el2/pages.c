@@ -45,9 +45,13 @@ static s64 check_item(const struct monitor *m, u64 item, u8 from) {
         return ABI_INVALID;
     if (address < DRAM_BASE || address >= DRAM_END)
         return DEFENCE(D_RANGE) ? ABI_RANGE : ABI_OK;
-    for (u64 i = 0, page = page_of(item); i < pages_in(item); i++)
-        if (get(m, page + i) != from && DEFENCE(D_STATE))
+    for (u64 i = 0, page = page_of(item); i < pages_in(item); i++) {
+        const u8 entry = get(m, page + i);
+        if (entry == ENTRY_DMA)
+            return ABI_RANGE;
+        if (entry != from && DEFENCE(D_STATE))
             return ABI_STATE;
+    }
     return ABI_OK;
 }
 
@@ -325,7 +329,12 @@ void op_run(struct monitor *m, struct page_op *op) {
         ;
 }
 
-void pages_init(struct monitor *m) { stage2_init(&m->stage2); }
+void pages_init(struct monitor *m) {
+    stage2_init(&m->stage2);
+    for (u64 page = (DMA_BASE - DRAM_BASE) / PAGE_SIZE; page < (DMA_BASE + DMA_SIZE - DRAM_BASE) / PAGE_SIZE; page++)
+        if (page < DRAM_PAGES && DEFENCE(D_DMA)) /* tests have less memory */
+            m->entry[page] = ENTRY_DMA;
+}
 
 s64 page_state(const struct monitor *m, u64 address) {
     if (address % PAGE_SIZE)
@@ -334,6 +343,7 @@ s64 page_state(const struct monitor *m, u64 address) {
         return ABI_RANGE;
     switch (get(m, page_of(address))) {
     case ENTRY_UNPROTECTED:
+    case ENTRY_DMA:
     case ENTRY_DONATING:
         return PAGE_UNPROTECTED;
     case ENTRY_FLEX:

@@ -12,7 +12,8 @@
 #include "memlayout.h"
 #include "types.h"
 
-enum page_entry { ENTRY_UNPROTECTED, ENTRY_DONATING, ENTRY_FLEX, ENTRY_CLAIMED, ENTRY_SCRUBBING, ENTRY_SCRUBBED };
+/* ENTRY_DMA: UNPROTECTED for ever, since devices reach it. */
+enum page_entry { ENTRY_UNPROTECTED, ENTRY_DONATING, ENTRY_FLEX, ENTRY_CLAIMED, ENTRY_SCRUBBING, ENTRY_SCRUBBED, ENTRY_DMA };
 
 /* How stage 2 shows a block of DRAM. */
 enum block_form {

@@ -27,6 +27,8 @@ void stage2_init(struct stage2 *s) {
     /* 0x09000000 is the first block after the tables above: the UART's page only. */
     s->devices[UART_BASE / BLOCK_SIZE] = table_at(s->uart_page);
     s->uart_page[0] = UART_BASE | DEVICE_MEMORY | PAGE;
+    for (u64 at = PCI_BASE; at < DRAM_BASE; at += BLOCK_SIZE) /* behind the SMMU */
+        s->devices[at / BLOCK_SIZE] = at | DEVICE_MEMORY | BLOCK;
     for (u64 page = 0; page < DRAM_PAGES; page++)
         s->pages[page / BLOCK_PAGES][page % BLOCK_PAGES] = stage2_descriptor(page);
     for (u64 block = 0; block < DRAM_BLOCKS; block++)

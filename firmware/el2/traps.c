@@ -10,6 +10,7 @@
 #include "frame.h"
 #include "inject.h"
 #include "machine.h"
+#include "memlayout.h"
 #include "stage2.h"
 
 #define FAULT_ALIGNMENT 0x21 /* Linux turns it into SIGBUS or EFAULT in most places; docs/firmware.md */
@@ -22,8 +23,29 @@ static void inject_abort(struct frame *f, u64 esr) {
     inject(f, class << 26 | ESR_LENGTH | write | (data ? FAULT_ALIGNMENT : FAULT_EXTERNAL), read_reg(far_el2));
 }
 
+static void hvc_of_el1(struct frame *f, u32 cpu) {
+    struct call call;
+    call.cpu = cpu;
+    for (u64 i = 0; i < COUNT(call.arg); i++)
+        call.arg[i] = f->x[i + 1];
+    for (u64 i = 0; i < RESULTS; i++)
+        call.result[i] = 0; /* one by one: an initialiser becomes a call of memset, half of a short call's time */
+    call_normal(&monitor, f->x[0] >> 32 ? 0 : (u32)f->x[0], &call);
+    for (u64 i = 0; i < RESULTS; i++)
+        f->x[i] = call.result[i];
+}
+
+/* A call by whoever can map the trap page: Linux's root, without a module. It may do no more than the kernel may by HVC. */
+static bool is_call(const struct frame *f, u64 esr, u64 address) {
+    return address == TRAP_PAGE && EC(esr) == EC_DATA_ABORT && !(f->spsr & 0x10);
+}
+
 static void stage2_fault(struct frame *f, u32 cpu, u64 esr) {
     u64 address = (read_reg(hpfar_el2) >> 4 & 0xfffffffffful) << ABI_PAGE_SHIFT;
+    if (is_call(f, esr, address)) {
+        f->elr += 4;
+        return hvc_of_el1(f, cpu);
+    }
     switch (page_state(&monitor, address)) {
     case PAGE_UNPROTECTED: /* its block is being split or merged, or it came back just now */
         return;
@@ -100,18 +122,6 @@ static void smc_of_el1(struct frame *f) {
     default:
         f->x[0] = (u64)ABI_NOT_SUPPORTED;
     }
-}
-
-static void hvc_of_el1(struct frame *f, u32 cpu) {
-    struct call call;
-    call.cpu = cpu;
-    for (u64 i = 0; i < COUNT(call.arg); i++)
-        call.arg[i] = f->x[i + 1];
-    for (u64 i = 0; i < RESULTS; i++)
-        call.result[i] = 0; /* one by one: an initialiser becomes a call of memset, half of a short call's time */
-    call_normal(&monitor, f->x[0] >> 32 ? 0 : (u32)f->x[0], &call);
-    for (u64 i = 0; i < RESULTS; i++)
-        f->x[i] = call.result[i];
 }
 
 void el2_exception(struct frame *f, u64 vector) {

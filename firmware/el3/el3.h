@@ -46,6 +46,9 @@ void protect_off(struct frame *f, u32 cpu);
 void protect_on(struct frame *f, u32 cpu);
 void el2_ready(struct frame *f, u32 cpu);
 
+/* smmu.c: from here on devices reach the DMA window only. */
+void smmu_start(void);
+
 /* gic.c */
 void gic_init_distributor(void);
 void gic_init_cpu(u32 cpu);

@@ -104,6 +104,7 @@ _Noreturn void el3_main(u32 cpu) {
     write_reg(cnthctl_el2, 3);
     if (cpu == 0) {
         gic_init_distributor();
+        smmu_start();
         load_images();
         __atomic_store_n(&el3_awake, 1, __ATOMIC_RELEASE);
         gic_init_cpu(cpu);

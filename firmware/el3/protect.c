@@ -103,6 +103,8 @@ void protect_on(struct frame *f, u32 cpu) {
         return;
     }
     gather(cpu);
+    if (DEFENCE(D_RESTART))
+        smmu_start();
     if (!el2_intact()) {
         protection = PROTECTION_TAMPERED;
         f->x[0] = (u64)ABI_TAMPERED;

@@ -11,6 +11,7 @@
 u64 *const flexmem_mailbox = mailbox;
 static struct flexmem flexmem;
 static u8 mapped_by_os[DRAM_PAGES];
+static u8 dirty[DRAM_PAGES]; /* memory that a reset has to zero */
 static const char *broken;
 
 static ucontext_t monitor_side, os_side;
@@ -59,7 +60,7 @@ void flexmem_map(const u64 *items, u64 count) {
         for (u64 page = (item_address(items[i]) - DRAM_BASE) / PAGE_SIZE; bytes; page++, bytes -= PAGE_SIZE) {
             if (mapped_by_os[page] || cached[page])
                 broken = "a page is given that is in use";
-            mapped_by_os[page] = 1;
+            mapped_by_os[page] = dirty[page] = 1;
             memory[page][0] = memory[page][511] = 0x5ec7e7; /* a secret */
         }
     }
@@ -101,7 +102,10 @@ void host_reset(void) {
     memset(&flexmem, 0, sizeof(flexmem));
     memset(&session, 0, sizeof(session));
     memset(mapped_by_os, 0, sizeof(mapped_by_os));
-    memset(memory, 0, sizeof(memory));
+    for (u64 page = 0; page < DRAM_PAGES; page++)
+        if (dirty[page])
+            memset(memory[page], 0, sizeof(memory[page]));
+    memset(dirty, 0, sizeof(dirty));
     broken = NULL;
     interrupt_in = 0;
     pages_init(&monitor);
@@ -130,6 +134,7 @@ bool host_write(u64 address, u64 value) {
     if (page >= DRAM_PAGES || !cached[page])
         return false;
     memory[page][address / 8 % 512] = value;
+    dirty[page] = 1;
     return true;
 }
 

@@ -27,6 +27,9 @@
 #define D_STRAY (1u << 19)   /* EL3's interrupt without a question is ignored */
 #define D_TRAPS (1u << 20)   /* what EL1 must not touch and the machine brings to EL3 is undefined for it */
 #define D_COUNT (1u << 21)   /* performance counters stop in the secure world and in EL2 */
+#define D_SMMU (1u << 22)    /* devices reach the DMA window only */
+#define D_DMA (1u << 23)     /* which cannot be donated */
+#define D_RESTART (1u << 24) /* the SMMU is set up anew before protection is on again */
 #define M_BATCH (1u << 31)   /* no defence: `tz bench` compares with one TLB invalidation per page */
 
 #ifdef CONTROLS

@@ -29,6 +29,8 @@
 #define FW_CFG_BASE 0x09020000ul
 #define SMMU_BASE 0x09050000ul
 #define VIRTIO_MMIO 0x0a000000ul
+#define TRAP_PAGE 0x0b000000ul /* nothing: an access by AArch64 code is a call, as HVC is; programs have no HVC */
+#define PCI_BASE 0x10000000ul  /* windows of PCI devices, and from ECAM_BASE on their configuration; up to DRAM */
 #define ECAM_BASE 0x3f000000ul
 
 #ifndef DRAM_PAGES
@@ -44,6 +46,11 @@
 #define EL2_SIZE 0x01000000ul
 #define MAILBOX_BASE (EL2_BASE + 0x00800000ul)
 #define MAILBOX_SIZE (ABI_MAX_BATCH * 8ul)
+#define SMMU_TABLES (EL2_BASE + 0x00c00000ul)
+#define SMMU_TABLES_SIZE 0x00010000ul
+/* The only memory that devices reach: a block below the last one of normal memory. No page of it is ever donated. */
+#define DMA_BASE (EL2_BASE - 2 * BLOCK_SIZE)
+#define DMA_SIZE BLOCK_SIZE
 #define NORMAL_BASE 0x40080000ul
 /* Where QEMU's loader puts Linux, its device tree and its first files; worlds/trustzone/linux.py knows them, too. */
 #define LINUX_KERNEL 0x40200000ul

@@ -63,7 +63,7 @@ struct attack {
     const char *id;
     bool (*run)(struct outcome *out, bool twin);
 };
-extern const struct attack memory_attacks[], call_attacks[], protect_attacks[], system_attacks[], debug_attacks[];
+extern const struct attack memory_attacks[], call_attacks[], protect_attacks[], system_attacks[], debug_attacks[], dma_attacks[];
 /* Measurements: `time NAME` on the UART. */
 struct bench {
     const char *id;

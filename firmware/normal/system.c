@@ -38,7 +38,6 @@ static bool device(struct outcome *out, u64 address) {
 }
 
 static bool device_virtio(struct outcome *out, bool twin) { (void)twin; return device(out, VIRTIO_MMIO); }
-static bool device_ecam(struct outcome *out, bool twin) { (void)twin; return device(out, ECAM_BASE); }
 static bool device_fw_cfg(struct outcome *out, bool twin) { (void)twin; return device(out, FW_CFG_BASE); }
 
 static bool reader_at(struct outcome *out, u64 entry) {
@@ -211,8 +210,7 @@ static bool preempt_storm(struct outcome *out, bool twin) {
 
 const struct attack system_attacks[] = {
     {"preempt-storm", preempt_storm},
-    {"dma-fw-cfg", dma_fw_cfg}, {"device-virtio", device_virtio}, {"device-ecam", device_ecam},
-    {"device-fw-cfg", device_fw_cfg}, {"psci-level", psci_level}, {"psci-el2", psci_el2}, {"psci-secure", psci_secure},
+    {"dma-fw-cfg", dma_fw_cfg}, {"device-virtio", device_virtio}, {"device-fw-cfg", device_fw_cfg}, {"psci-level", psci_level}, {"psci-el2", psci_el2}, {"psci-secure", psci_secure},
     {"psci-bad-cpu", psci_bad_cpu}, {"reset-residue", reset_residue}, {"register-vttbr", register_vttbr},
     {"register-hcr", register_hcr}, {"register-scr", register_scr}, {"register-vbar", register_vbar},
     {"register-tlbi", register_tlbi}, {"group0-interrupt", group0_interrupt}, {NULL, NULL},

@@ -1,4 +1,4 @@
-"""`flexserve tz`: the trustzone world. So far: boot it, attack it, measure it."""
+"""`flexserve tz`: the trustzone world. Boot it, use it, attack it, measure it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from .common import print_json
 
-NOT_BLOCKED = NOT_MET = 1
+NOT_BLOCKED = NOT_MET = NOT_READY = 1
 SILENCE_S = 120.0
 
 
@@ -79,6 +79,36 @@ def boot(*, fetch: bool, script: str) -> None:
                 click.echo(machine.line(SILENCE_S))
         except Ended:
             return
+
+
+@command.command("shell")
+def shell() -> None:
+    """Boot Debian's own kernel under the firmware, with a root shell on this terminal; `exit` ends the machine.
+
+    `manager` is the Flex-Mem manager: it reads `give 512`, `fill 1`, `sum`, `take 512`, `stats` and `quit`.
+    """
+    from ..worlds.trustzone import linux
+
+    sys.exit(linux.shell(linux.find()))
+
+
+@command.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/schemas/tz-doctor.json).")
+def doctor(*, as_json: bool) -> None:
+    """What the trustzone world needs and has here, and what this machine cannot enforce.
+
+    Exit code 0: nothing is missing.
+    """
+    from ..worlds.trustzone import doctor as trustzone_doctor
+
+    report = trustzone_doctor.report()
+    if as_json:
+        print_json(report)
+    else:
+        for check in report["checks"]:
+            click.echo(f"{check['state']:<8} {check['name']}: {check['detail']}")
+    if not report["ready"]:
+        sys.exit(NOT_READY)
 
 
 def _line(row: Any) -> str:

@@ -25,9 +25,14 @@ ENDS_THE_SECOND_CPU = frozenset({"psci-level"})
 STOPPED = "is not the one"
 PANIC = "el3 stops"
 HOW = ("real", "twin")
+BEHIND_SMMU = "disable-legacy=on,iommu_platform=on"
+DEVICES = (
+    *("-drive", "if=none,id=disk,format=raw,file={folder}/disk"),
+    *("-device", f"virtio-blk-pci,drive=disk,{BEHIND_SMMU}", "-device", f"virtio-rng-pci,{BEHIND_SMMU}"),
+)
 SIGBUS = 128 + 7  # as a shell tells that a signal ended a program
-BOOT_S = 60.0
-ATTACK_S = 120.0
+BOOT_S = 300.0  # a busy host is slow
+ATTACK_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Attack:
     tried: str
     expected: str
     off: tuple[str, ...] = ()
-    command: str = ""  # of Linux's root: a busybox applet with arguments
+    command: str = ""  # of Linux's root: the manager or a busybox applet, with arguments
     twin: str = ""
     stops: bool = False  # without its defence EL3 stops
 
@@ -128,12 +133,19 @@ def run(chosen: list[Attack], progress: Callable[[Row], None] | None = None) -> 
     return rows
 
 
+def repeat(name: str, times: int) -> list[Seen]:
+    """The same attack again and again on one machine, for failures that come rarely. Raises `Hung`."""
+    with Machine(firmware.build().flash, options=DEVICES) as machine:
+        machine.wait_for(READY, BOOT_S)
+        return [_one(machine, name, "real") for _ in range(times)]
+
+
 def _against(flash: bytes, runs: list[tuple[str, str]]) -> dict[str, Seen]:
     """The runs one after the other on one machine; a new one after one that hung or lost its second CPU."""
     seen: dict[str, Seen] = {}
     todo = list(runs)
     while todo:
-        with Machine(flash) as machine:
+        with Machine(flash, options=DEVICES) as machine:
             try:
                 machine.wait_for(READY, BOOT_S)
             except Hung as error:
@@ -152,7 +164,7 @@ def _against(flash: bytes, runs: list[tuple[str, str]]) -> dict[str, Seen]:
 
 def _stops(flash: bytes, name: str) -> Seen:
     """An attack after which EL3 says that it stops."""
-    with Machine(flash) as machine:
+    with Machine(flash, options=DEVICES) as machine:
         try:
             machine.wait_for(READY, BOOT_S)
             machine.send(f"real {name}")
@@ -193,8 +205,7 @@ def _under_linux(chosen: list[Attack]) -> dict[tuple[str, str], Seen]:
     except NotFound as error:
         return dict.fromkeys(seen, Seen(None, f"{error.message}: {error.hint}"))
     script = "".join(
-        f'got=$(/bin/busybox {command} 2>&1); echo "row {name} {how} $? $got"\n'
-        for name, how, command in every
+        f'got=$({_program(command)} 2>&1); echo "row {name} {how} $? $got"\n' for name, how, command in every
     )
     with linux.boot(debian, script) as machine:
         try:
@@ -206,6 +217,10 @@ def _under_linux(chosen: list[Attack]) -> dict[tuple[str, str], Seen]:
         except Hung as error:
             return {key: Seen(None, error.message) if s.achieved is None else s for key, s in seen.items()}
     return seen
+
+
+def _program(command: str) -> str:
+    return f"/bin/{command}" if command.startswith("manager ") else f"/bin/busybox {command}"
 
 
 def _changed_image(attack: Attack, release: Firmware, controls: Firmware) -> Row:
@@ -224,7 +239,7 @@ def _changed(built: Firmware, name: str, off: tuple[str, ...] = ()) -> bytes:
 
 
 def _boots(flash: bytes, wanted: bool) -> Seen:
-    with Machine(flash) as machine:
+    with Machine(flash, options=DEVICES) as machine:
         try:
             if wanted:
                 machine.wait_for(READY, BOOT_S)

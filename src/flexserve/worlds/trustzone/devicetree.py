@@ -13,7 +13,7 @@ Node = Mapping[str, "Value | Node"]
 
 MAGIC = 0xD00DFEED
 BEGIN_NODE, END_NODE, PROPERTY, END = 1, 2, 3, 9
-MEMORY = 0x3EE00000  # of 1 GiB: 16 MiB are EL2's; 2 MiB stay unused, for comparisons with hidden memory
+MEMORY = 0x3EC00000  # of 1 GiB: 16 MiB are EL2's, 2 MiB devices'; 2 MiB stay unused, for comparisons with hidden memory
 CLOCK, GIC, CPU0 = 1, 2, 16
 
 

@@ -16,14 +16,25 @@ from ...errors import EngineFailure, NotFound
 
 SOURCES = Path(__file__).resolve().parents[4] / "firmware"
 CROSS = "aarch64-linux-gnu-"
-INSTALL = "apt-get install qemu-system-arm gcc-aarch64-linux-gnu make (or `make tz` as root)"
+QEMU_NAME = "qemu-system-aarch64"
+INSTALL = (
+    "apt-get install qemu-system-arm gcc-aarch64-linux-gnu libc6-dev-arm64-cross make (or `make tz` as root)"
+)
 MARKER = b"DEFENCES SWITCHED OFF: \0"
 
 
 def missing_tools() -> list[str]:
     """Programs the trustzone world needs and this machine lacks."""
-    tools = (f"{CROSS}gcc", f"{CROSS}objcopy", "make", "qemu-system-aarch64")
-    return [tool for tool in tools if shutil.which(tool) is None]
+    tools = (f"{CROSS}gcc", f"{CROSS}objcopy", "make", QEMU_NAME)
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    return missing or ([] if _has_libc() else ["libc6-dev-arm64-cross"])
+
+
+def _has_libc() -> bool:
+    """Whether the cross compiler has a C library for Linux's programs."""
+    command = [f"{CROSS}gcc", "-print-file-name=libc.a"]
+    out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return Path(out.strip()).is_absolute()
 
 
 def require_tools() -> None:
@@ -69,7 +80,9 @@ def _bits(prefix: str) -> dict[str, int]:
 
 
 def build(*, controls: bool = False, linux: bool = False) -> Firmware:
-    """Build unless the sources are those of the last build. `linux`: what enters a Linux kernel, not the attacker's.
+    """Build unless the sources are those of the last build.
+
+    `linux`: what enters a Linux kernel, not the attacker's; with `manager`, a program for that Linux, beside it.
 
     Raises `NotFound` when sources or tools are missing, `EngineFailure` when the compiler refuses.
     """
@@ -86,7 +99,7 @@ def build(*, controls: bool = False, linux: bool = False) -> Firmware:
         out.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
         command = ["make", "-B", "-C", str(SOURCES), f"OUT={out}", *(["CONTROLS=1"] if controls else [])]
-        command += ["LINUX=1"] if linux else []
+        command += ["LINUX=1", f"{out}/firmware.bin", f"{out}/manager"] if linux else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise EngineFailure(f"the firmware does not build: {done.stderr.strip()[-2000:]}")

@@ -1,7 +1,8 @@
 """Debian's own arm64 kernel as the normal world: what it boots from, and where to get it.
 
 The kernel and busybox come as Debian's packages, unchanged, by apt with a configuration of its own: the host needs no
-second architecture. Its first files are busybox and one script. Does not know what the script does.
+second architecture. Its first files are busybox, our Flex-Mem manager (firmware/linux) and one script. Does not know
+what the script does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from ...errors import EngineFailure, NotFound
 from . import firmware
 from .devicetree import machine_tree
-from .machine import Machine
+from .machine import Machine, interact
 
 KERNEL, TREE, FILES = 0x40200000, 0x47000000, 0x48000000  # firmware/include/memlayout.h
 STORE = firmware.SOURCES.parent / ".cache" / "debian-arm64"
@@ -22,10 +23,11 @@ PACKAGES = ("linux-image-arm64", "busybox-static")
 ARGUMENTS = "console=ttyAMA0 panic=1 quiet"
 GREETING = "linux ready"
 SCRIPT = f"""#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys /dev
+/bin/busybox mkdir -p /proc /sys /dev /tmp
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sys /sys
 /bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox --install -s /bin
 echo "{GREETING}: $(/bin/busybox nproc) cpus, $(/bin/busybox uname -r)"
 """
 
@@ -102,15 +104,26 @@ def boot(debian: Debian, script: str = "") -> Machine:
 
     Raises what `firmware.build` raises.
     """
+    return Machine(*_images(debian, script))
+
+
+def shell(debian: Debian) -> int:
+    """Linux's root shell on the caller's terminal, until `exit`. Raises what `firmware.build` raises."""
+    return interact(*_images(debian, "/bin/busybox setsid /bin/busybox cttyhack /bin/busybox sh -i"))
+
+
+def _images(debian: Debian, script: str) -> tuple[bytes, dict[int, bytes]]:
+    """The flash image, and what lies in memory."""
+    built = firmware.build(linux=True)
     init = SCRIPT + script + "\n/bin/busybox poweroff -f\n"
     files = archive(
         {
             "bin": (0o040755, b""),
             "bin/busybox": (0o100755, debian.busybox.read_bytes()),
+            "bin/manager": (0o100755, (built.directory / "manager").read_bytes()),
             "dev": (0o040755, b""),
             "init": (0o100755, init.encode()),
         }
     )
     tree = machine_tree(range(FILES, FILES + len(files)), ARGUMENTS)
-    loaded = {KERNEL: debian.kernel.read_bytes(), TREE: tree, FILES: files}
-    return Machine(firmware.build(linux=True).flash, loaded)
+    return built.flash, {KERNEL: debian.kernel.read_bytes(), TREE: tree, FILES: files}

@@ -1,8 +1,8 @@
 """One emulated Arm machine: starts QEMU on a flash image, talks to its serial lines, ends it.
 
 The first serial line is the normal world's, on stdio. The second is reachable from the secure world only and goes to
-a file. The machine has no device that could copy memory but the two that QEMU always has (fw_cfg, and virtio-mmio
-without a device behind it), which stage 2 hides from the normal world.
+a file. Devices that could copy memory: two that QEMU always has (fw_cfg, and virtio-mmio without a device behind it),
+which stage 2 hides from the normal world; and PCI functions, behind the SMMU: none unless `options` names them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from pathlib import Path
 from types import TracebackType
 
 from ...errors import EngineFailure
+from .firmware import QEMU_NAME
 
-QEMU = "qemu-system-aarch64"
-MACHINE = "virt,secure=on,virtualization=on,gic-version=3,highmem=off,its=off"
+QEMU = QEMU_NAME
+SECURE = "secure"
+DISK_BYTES = 1 << 20
+MACHINE = "virt,secure=on,virtualization=on,gic-version=3,highmem=off,its=off,iommu=smmuv3"
 ARGUMENTS = f"-M {MACHINE} -cpu cortex-a76 -smp 2 -m 1G -nic none -display none -monitor none".split()
 
 
@@ -34,7 +37,8 @@ class Ended(Hung):
 class Machine:
     """A running machine. Use as a context manager: it ends with the block.
 
-    `loaded`: what lies in normal DRAM from the start, by address. `options`: more of QEMU's.
+    `loaded`: what lies in normal DRAM from the start, by address. `options`: more of QEMU's; `{folder}` in
+    them is the machine's own, which has an empty `disk`.
     """
 
     def __init__(
@@ -42,16 +46,9 @@ class Machine:
     ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="flexserve-tz-")
         folder = Path(self._directory.name)
-        (folder / "flash").write_bytes(flash)
-        self._secure = folder / "secure"
-        devices = list(options)
-        for address, content in (loaded or {}).items():
-            file = folder / f"{address:x}"
-            file.write_bytes(content)
-            devices += ["-device", f"loader,file={file},addr={address:#x},force-raw=on"]
-        serial = ["-serial", "stdio", "-serial", f"file:{self._secure}"]
+        self._secure = folder / SECURE
         self._process = subprocess.Popen(
-            [QEMU, *ARGUMENTS, "-bios", str(folder / "flash"), *serial, *devices],
+            _command(folder, flash, loaded or {}, ("-serial", "stdio"), options),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -122,6 +119,28 @@ class Machine:
             if pipe is not None:
                 pipe.close()
         self._directory.cleanup()
+
+
+def _command(
+    folder: Path, flash: bytes, loaded: Mapping[int, bytes], serial: tuple[str, ...], options: tuple[str, ...]
+) -> list[str]:
+    """QEMU with its files in `folder`."""
+    (folder / "flash").write_bytes(flash)
+    (folder / "disk").write_bytes(bytes(DISK_BYTES))
+    devices = [option.replace("{folder}", str(folder)) for option in options]
+    for address, content in loaded.items():
+        file = folder / f"{address:x}"
+        file.write_bytes(content)
+        devices += ["-device", f"loader,file={file},addr={address:#x},force-raw=on"]
+    secure = ["-serial", f"file:{folder / SECURE}"]
+    return [QEMU, *ARGUMENTS, "-bios", str(folder / "flash"), *serial, *secure, *devices]
+
+
+def interact(flash: bytes, loaded: Mapping[int, bytes]) -> int:
+    """Run a machine on the caller's own terminal until it ends; QEMU's exit code. Control-C is the machine's."""
+    serial = ("-chardev", "stdio,id=terminal,signal=off", "-serial", "chardev:terminal")
+    with tempfile.TemporaryDirectory(prefix="flexserve-tz-") as folder:
+        return subprocess.run(_command(Path(folder), flash, loaded, serial, ()), check=False).returncode
 
 
 def qemu_version() -> str:

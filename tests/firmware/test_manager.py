@@ -1,0 +1,79 @@
+"""The Flex-Mem manager under Debian's own kernel: it gives, takes back, and yields to pressure; nothing is lost or left."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from flexserve.worlds.trustzone import attacks, firmware, linux
+from flexserve.worlds.trustzone.machine import Machine
+
+from .test_attacks import MISSING, NO_LINUX
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"missing {', '.join(MISSING)}: {firmware.INSTALL}"),
+    pytest.mark.skipif(bool(NO_LINUX), reason=NO_LINUX),
+]
+PATTERN = 7
+WORDS = 512
+WAIT_S = attacks.ATTACK_S
+START = """
+mkfifo /tmp/orders
+manager </tmp/orders &
+exec 3>/tmp/orders
+"""
+# One line of ours is one order for the manager; the shell's own are for the shell.
+PASS_ON = """
+while read -r line; do
+  case "$line" in
+    sh:*) eval "${line#sh:}" ;;
+    *) echo "$line" >&3 ;;
+  esac
+done
+"""
+
+
+def order(machine: Machine, line: str, answer: str) -> str:
+    machine.send(line)
+    return machine.wait_for(answer, WAIT_S)
+
+
+def pages_of(line: str) -> int:
+    found = re.search(r"(\d+) pages", line)
+    assert found is not None, line
+    return int(found[1])
+
+
+def test_pages_are_given_and_come_back_and_the_manager_leaves_nothing_behind() -> None:
+    with linux.boot(linux.find(), START + PASS_ON) as machine:
+        machine.wait_for("manager ready", WAIT_S)
+        assert pages_of(order(machine, "give 4096", "gave ")) == 4096
+        assert order(machine, f"fill {PATTERN}", "filled") == "filled, status 0"
+        assert order(machine, "sum", "sum ") == f"sum {PATTERN * WORDS * 4096:#x} of 4096 pages"
+        assert pages_of(order(machine, "take 1024", "took ")) == 1024
+        assert order(machine, "sum", "sum ") == f"sum {PATTERN * WORDS * 3072:#x} of 3072 pages"
+        assert order(machine, "stats", "flex ") == "flex 3072 claimed 0 wanted 0"
+        assert pages_of(order(machine, "quit", "ending: ")) == 3072
+        order(machine, "sh:sync; echo alive", "alive")
+
+
+def test_when_memory_is_short_the_manager_takes_back_and_nobody_is_killed() -> None:
+    hog = "sh:mkdir /hog; mount -t tmpfs -o size=95% hog /hog; i=0; while [ $i -lt 160 ]; do "
+    hog += "dd if=/dev/zero of=/hog/$i bs=1M count=5 2>/dev/null || break; i=$((i+1)); usleep 200000; done; "
+    hog += "echo hog $i"
+    with linux.boot(linux.find(), START + PASS_ON) as machine:
+        machine.wait_for("manager ready", WAIT_S)
+        assert pages_of(order(machine, "give 98304", "gave ")) == 98304
+        order(machine, f"fill {PATTERN}", "filled, status 0")
+        machine.send(hog)
+        taken, line = 0, ""
+        while not line.startswith("hog "):
+            line = machine.line(WAIT_S)
+            taken += pages_of(line) if line.startswith(("pressure", "short")) else 0
+        assert line == "hog 160", "800 MB were there for the taking, of which 384 MB had been given away"
+        assert taken >= 16 * 512
+        left = 98304 - taken
+        assert order(machine, "sum", "sum ") == f"sum {PATTERN * WORDS * left:#x} of {left} pages"
+        order(machine, "quit", "ending: ")
