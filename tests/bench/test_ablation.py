@@ -26,8 +26,11 @@ def test_each_step_is_measured_on_top_of_the_one_before(
     assert result["steps"]["sequential"]["vs_sequential"] == 1.0
     for one in result["rounds"]:
         resident, loaded = one["resident_bytes"], one["loaded_bytes"]
-        assert resident["sequential"] == resident["pipeline"] == 0 < resident["prefix"]
-        assert loaded["sequential"] >= loaded["pipeline"] > loaded["prefix"] > 0
+        assert resident["sequential"] == resident["pipeline"] == 0 <= resident["prefix"]
+        assert loaded["sequential"] >= loaded["pipeline"] >= loaded["prefix"]
+        if quant == "F16":  # the other one is too small to take a part of it
+            assert resident["prefix"] > 0
+            assert loaded["pipeline"] > loaded["prefix"]
     steps = result["steps"]
     assert steps["prefix"]["vs_step_before"] == pytest.approx(
         steps["prefix"]["ttft_s"]["median"] / steps["pipeline"]["ttft_s"]["median"]

@@ -132,9 +132,9 @@ class _Bench:
         say(f"seed {self.seed}")
 
     @contextmanager
-    def _world(self, session_dir: Path | None = None) -> Iterator[SealedWorld]:
+    def _world(self, session_dir: Path | None = None, *, lazy: bool = False) -> Iterator[SealedWorld]:
         world = SealedWorld(
-            self._model, self._options.settings, warm_up=self._prompt, session_dir=session_dir
+            self._model, self._options.settings, warm_up=self._prompt, session_dir=session_dir, lazy=lazy
         )
         try:
             yield world
@@ -201,7 +201,7 @@ class _Bench:
 
     def pressure(self) -> dict[str, Any]:
         log: list[str] = []
-        with self._world() as world:
+        with self._world(lazy=True) as world:
             handed = background.lazily(world, self._prompt)
             starts = background.levels(world, self._prompt, log)
         for one in starts:

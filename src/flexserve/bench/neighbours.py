@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import EngineFailure, Usage
+from ..errors import Usage
 from . import machine, processor
 from .background import managed, press
 from .cold_start import random_prompt
@@ -146,7 +146,7 @@ def _side(
     with ExitStack() as stack:
         world = None
         if side != "none":
-            world = SealedWorld(model, options.settings, warm_up=next(prompts))
+            world = SealedWorld(model, options.settings, warm_up=next(prompts), lazy=side == "flexserve")
             stack.callback(world.close)
             stack.enter_context(_policy(side, world, log))
         for path in (*data.values(), model.source.sealed):
@@ -155,7 +155,8 @@ def _side(
             options.model_share * model.weight_bytes
         )
         if world is not None:
-            world.ask(next(prompts), give=False)
+            _ask(side, world, next(prompts))
+            _give_back(side, world, 0.0)
         hog = stack.enter_context(Hog())
         ours = world.world.status().models[0].resident_bytes if world else 0
         press(hog, 0, left, ours)
@@ -179,22 +180,31 @@ def _requests(
 ) -> tuple[list[float], list[int]]:
     """Ask every few seconds; the times to the first token, and the weights in memory before each request."""
     begin = time.monotonic()
-    if world is None:
-        time.sleep(options.measure_s)
-        return [], []
-    ttfts, resident = [], []
-    due, drop_at = begin, None
-    while due < begin + options.measure_s:
-        if side == "timer" and drop_at is not None and drop_at < due:
-            time.sleep(max(0.0, drop_at - time.monotonic()))
-            world.empty()
-        time.sleep(max(0.0, due - time.monotonic()))
+    ttfts: list[float] = []
+    resident: list[int] = []
+    for number in range(round(options.measure_s / options.every_s)):
+        _sleep_until(begin + number * options.every_s)
+        if world is None:
+            continue
         resident.append(world.world.status().models[0].resident_bytes)
-        ttfts.append(world.ask(next(prompts), give=side != "flexserve").ttft_s)
-        if side == "no_cache":
-            world.empty()
-        drop_at = time.monotonic() + options.timer_s
-        due = max(due + options.every_s, time.monotonic())
-    if not ttfts:
-        raise EngineFailure("no request was made")
+        ttfts.append(_ask(side, world, next(prompts)))
+        _give_back(side, world, options.timer_s)
+    _sleep_until(begin + options.measure_s)
     return ttfts, resident
+
+
+def _ask(side: str, world: SealedWorld, prompt: list[int]) -> float:
+    """The time to the first token. What `flexserve` and `always_cache` may hold is no business of the request."""
+    return world.ask(prompt, give=side in ("no_cache", "timer")).ttft_s
+
+
+def _give_back(side: str, world: SealedWorld, timer_s: float) -> None:
+    """What the side does after an answer."""
+    if side == "timer":
+        time.sleep(timer_s)
+    if side in ("no_cache", "timer"):
+        world.empty()
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.monotonic()))

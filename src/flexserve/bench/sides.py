@@ -19,6 +19,7 @@ from typing import Protocol
 
 from ..core import Finished, Request, Sampling, Token
 from ..errors import EngineFailure
+from ..framework.settings import Settings as Framework
 from ..worlds.base import ModelSource
 from ..worlds.linux import LinuxWorld
 from . import machine, processor
@@ -174,10 +175,12 @@ class SealedWorld:
         layout: bool = False,
         hardened: bool = True,
         session_dir: Path | None = None,
+        lazy: bool = False,
     ) -> None:
         """`warm_up`: a prompt, answered twice to learn which threads compute. `layout`: from the device's own copy
         in execution layout, which is made when there is none that fits. `session_dir`: keep conversations, and save
-        them there; None: every prompt is computed from its first token."""
+        them there; None: every prompt is computed from its first token. `lazy`: idle weights are handed to the kernel,
+        as they are where nothing is measured."""
         self.model, self.settings, self.layout = model, settings, layout
         self._numbers = itertools.count()
         self._computing: frozenset[int] = frozenset()
@@ -190,6 +193,7 @@ class SealedWorld:
             hardened=hardened,
             session_dir=session_dir,
             session_bytes=0 if session_dir is None else None,
+            settings=Framework(budget_bytes=EVERYTHING, cap_bytes=EVERYTHING, floor_bytes=0, lazy=lazy),
         )
         try:
             self.world.start()
@@ -235,6 +239,7 @@ class SealedWorld:
     def give_memory(self) -> None:
         """Let the world hold as much as it wants: a recall has lowered its budget."""
         if self.world.status().budget is not None:
+            self.world.recall(0).wait()  # so that nothing is loaded in the background for a while
             self.world.budget(EVERYTHING, EVERYTHING, 0)
 
     def empty(self) -> None:

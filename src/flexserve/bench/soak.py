@@ -99,7 +99,7 @@ def run(options: SoakOptions, say: Say, progress: Progress | None = None) -> dic
         stored, kept = Path(directory, "stormy"), Path(directory, "calm")
         for path in (stored, kept):
             path.mkdir(mode=0o700)
-        stormy = SealedWorld(model, settings, warm_up=warm_up, session_dir=stored)
+        stormy = SealedWorld(model, settings, warm_up=warm_up, session_dir=stored, lazy=True)
         try:
             calm = SealedWorld(model, settings, warm_up=warm_up, session_dir=kept)
             try:
