@@ -89,9 +89,9 @@ def test_descriptors_nobody_asked_for_are_closed() -> None:
     ours, theirs = socket.socketpair()
     channel = Channel(ours, ToNormal)
     reader, writer = os.pipe()
-    socket.send_fds(theirs, [encoded("Recalled", 1, 0)], [writer, writer])
+    socket.send_fds(theirs, [encoded("RecallEnded", 1, 0)], [writer, writer])
     os.close(writer)
-    assert channel.receive().nbytes == 0
+    assert channel.receive().freed_bytes == 0
     channel.close()
     theirs.close()
     assert os.read(reader, 1) == b""  # no writer is left
@@ -104,7 +104,7 @@ def test_too_many_descriptors_break_the_channel() -> None:
     null = os.open("/dev/null", os.O_RDONLY)
     with pytest.raises(messages.ChannelBroken):
         for _ in range(30):
-            socket.send_fds(theirs, [encoded("Recalled", 1, 0)], [null] * 4)
+            socket.send_fds(theirs, [encoded("RecallEnded", 1, 0)], [null] * 4)
             channel.receive()
     channel.close()
     theirs.close()
@@ -154,14 +154,26 @@ def test_a_secure_world_that_gets_nonsense_ends_cleanly(device: Device, what: st
     "body",
     [
         encoded("Configure", "/dev/null", None, None, "", 1, None, True, False),
-        encoded("Generate", {"id": "a", "model": "m", "prompt": "x"}) * 2,
         encoded("Register", 1, "m", b"", None, 3),
     ],
-    ids=["configured twice", "an id twice", "descriptors that are not there"],
+    ids=["configured twice", "descriptors that are not there"],
 )
 def test_a_secure_world_ends_when_messages_make_no_sense(device: Device, body: bytes) -> None:
     raw = Raw(device).configure()
     raw.socket.sendall(body)
+    while raw.channel.receive() is not None:
+        pass
+    assert raw.end() == 70
+
+
+def test_a_secure_world_ends_when_two_requests_have_one_id(device: Device, source: ModelSource) -> None:
+    raw = Raw(device).configure()
+    sealed = os.open(source.sealed, os.O_RDONLY)
+    raw.channel.send(messages.Register(1, "m", source.licence.read_bytes(), None, 1), (sealed,))
+    os.close(sealed)
+    assert isinstance(raw.channel.receive(), messages.Registered)
+    request = {"id": "a", "model": "m", "prompt": "x", "max_tokens": 400, "ignore_eos": True}
+    raw.socket.sendall(encoded("Generate", request) * 2)
     while raw.channel.receive() is not None:
         pass
     assert raw.end() == 70

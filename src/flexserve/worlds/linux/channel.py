@@ -20,12 +20,14 @@ import msgspec
 from ...core import Budget, DeviceCopyInfo, Finished, ModelInfo, Request, WorldStatus
 from ...errors import EngineFailure, FlexServeError, by_code
 from ...framework.settings import Settings
+from ..base import MAX_ADAPTER_SCALE
 
 MAX_FRAME = 64 << 20
-MAX_DESCRIPTORS = 4
+MAX_DESCRIPTORS = 5  # of one message: a model and its copy, both past the page cache too, and an adapter
 _LENGTH = struct.Struct("<I")
 
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
 class _Message(msgspec.Struct, forbid_unknown_fields=True, array_like=True, tag=True):
@@ -53,9 +55,16 @@ class Configure(_Message):
     saves: bool = False  # there is a storage for sessions
 
 
+class AdapterUse(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
+    """A LoRA adapter's licence, and how much of it is added."""
+
+    licence: bytes
+    scale: Annotated[float, msgspec.Meta(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)]
+
+
 class Register(_Message):
     """Make a model ready. Descriptors: the sealed file through the page cache and, maybe, past it; then the same of
-    the device's own copy: none where there is no such file. None: do not speak of copies."""
+    the device's own copy: none where there is no such file. None: do not speak of copies. Then the adapter's file."""
 
     call: int
     name: Text
@@ -63,6 +72,7 @@ class Register(_Message):
     state: bytes | None
     descriptors: int
     copy_descriptors: int | None = None
+    adapter: AdapterUse | None = None
 
 
 class Optimize(_Message):
@@ -90,7 +100,7 @@ class Recall(_Message):
 
     call: int
     nbytes: int
-    deadline_s: float
+    deadline_s: Seconds
 
 
 class Offer(_Message):

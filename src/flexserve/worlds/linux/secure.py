@@ -25,6 +25,7 @@ from cryptography.hazmat.backends.openssl import backend as _backend  # noqa: F4
 
 from ...core import Budget, Finished, FinishReason, Timings, Token, WorldStatus
 from ...engine import llama
+from ...engine.adapter import SealedAdapter, of_the_adapter
 from ...engine.layout import CopyFiles, copy_info, make_copy
 from ...engine.model import EngineOptions, SecureModel
 from ...engine.sessions import SessionStore
@@ -49,6 +50,7 @@ from ...sealed.reader import SealedModel
 from ...sealed.secret import is_secret, wipe
 from ...sealed.trust import TrustStore, read_public_key
 from .channel import (
+    AdapterUse,
     BudgetReported,
     Cancel,
     CannotSave,
@@ -91,7 +93,6 @@ from .runner import ModelListener, Outside, Runner
 from .saving import Saver
 
 PROGRESS_PERIOD_S = 0.1
-MAX_DEADLINE_S = 1e6
 _Call = Register | Optimize
 _Saving = OfferSession | SaveSession
 
@@ -157,6 +158,7 @@ class SecureWorld(Outside):
             case Register():
                 descriptors = self._channel.take_descriptors(message.descriptors)
                 descriptors += self._channel.take_descriptors(message.copy_descriptors or 0)
+                descriptors += self._channel.take_descriptors(int(message.adapter is not None))
                 self._work.put((message, descriptors))
             case Optimize():
                 self._work.put((message, self._channel.take_descriptors(2)))
@@ -176,8 +178,6 @@ class SecureWorld(Outside):
                     if run is not None and self._running is not None and self._running[0] is run:
                         self._running[1].cancel()
             case Recall(call, nbytes, deadline_s):
-                if not 0 <= deadline_s <= MAX_DEADLINE_S:
-                    raise ChannelBroken("a recall's deadline is no time")
                 self._runner.post(ev.PressureRecall(call, max(nbytes, 0), deadline_s))
             case Offer(nbytes):
                 self._runner.post(ev.Offer(max(nbytes, 0)))
@@ -321,10 +321,25 @@ class SecureWorld(Outside):
         key, new_state = open_licence(licence, sealed, self.device, state, time.time())
         return sealed, Licensed(key, Licence.parse(licence).serial, new_state)
 
+    def _with_adapter(self, licensed: Licensed, use: AdapterUse, fd: int) -> Licensed:
+        """The same, with an adapter that is licensed too."""
+        try:
+            sealed, its = self._open(fd, use.licence, licensed.state)
+            try:
+                adapter = SealedAdapter(sealed.unlock(its.model_key), use.scale)
+            finally:
+                wipe(its.model_key)
+        except FlexServeError as error:
+            wipe(licensed.model_key)
+            raise of_the_adapter(error) from error
+        return dataclasses.replace(licensed, state=its.state, adapter=adapter)
+
     def _register(self, message: Register, descriptors: list[int]) -> Registered:
         if not message.descriptors:
             raise ChannelBroken("a model without a descriptor")
         sealed, licensed = self._open(descriptors[0], message.licence, message.state)
+        if message.adapter is not None:
+            licensed = self._with_adapter(licensed, message.adapter, descriptors[-1])
         name = self._runner.new_name(message.name)
         try:
             model = self._load(message, sealed, licensed, descriptors, ModelListener(self._runner, name))
@@ -356,7 +371,8 @@ class SecureWorld(Outside):
     ) -> SecureModel:
         """From the device's own copy when it fits, otherwise from the sealed model; then `info` says why."""
         unlocked = sealed.unlock(licensed.model_key)
-        files, copies = descriptors[: message.descriptors], descriptors[message.descriptors :]
+        files = descriptors[: message.descriptors]
+        copies = descriptors[message.descriptors :][: message.copy_descriptors or 0]
 
         def load(copy: CopyFiles | None) -> SecureModel:
             return SecureModel(
@@ -367,6 +383,7 @@ class SecureWorld(Outside):
                 zygote=self._zygote,
                 options=self._options,
                 copy=copy,
+                adapter=licensed.adapter,
                 sessions=self._sessions if self._keeps else None,
                 listener=listener,
             )
@@ -450,6 +467,7 @@ class Licensed:
     model_key: bytes
     serial: int
     state: bytes
+    adapter: SealedAdapter | None = None
 
 
 def _tokens(request_id: str, token: Token) -> Tokens:
