@@ -37,7 +37,8 @@ STRUCTURES = """
 {text} are in tests/engine/test_architectures.py; {embeddings}, and decoders with pooling, in
 tests/engine/test_embeddings.py. Where a row is too short for blocks of 256 the matrix is Q8_0 or F16, as
 llama-quantize does it. A split file gives what one file gives. Of a mixture of experts only those that are
-chosen are loaded (tests/engine/test_experts.py).
+chosen are loaded (tests/engine/test_experts.py). LoRA adapters give what they give in plain llama.cpp
+(tests/engine/test_adapters.py).
 
 ## Reviewed architectures
 
@@ -60,7 +61,8 @@ and for embeddings {shown_embeddings}.
 Admitted, but not shown:
 
 """
-TAIL = """- LoRA adapters by themselves: merge one into its model first (`llama-export-lora`)
+TAIL = """- LoRA adapters without their model ([adapters.md](adapters.md) says how they are used), of another type than F32, F16,
+  BF16 and Q8_0, or for an embedding that is the output matrix too
 - models that rank texts (`pooling_type` rank), tensors of type NVFP4, and tokenizers other than byte-pair
   (`gpt2`), SentencePiece (`llama`), `gemma4` and WordPiece (`bert`)
 """

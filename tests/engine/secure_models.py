@@ -94,12 +94,15 @@ class Opener:
             zygote=TemplateZygote(),  # not started: these tests render no template
             options=EngineOptions(**{"threads": THREADS, "context_tokens": CONTEXT_TOKENS, **options}),
             sessions=sessions,
-            adapter=None if adapter is None else self._adapter(adapter, scale, damage),
+            adapter=None if adapter is None else self.seal_adapter(adapter, scale, damage),
         )
         self._opened.append(opened := Opened(model, gguf, flex, descriptors))
         return opened
 
-    def _adapter(self, gguf: Path, scale: float, damage: Callable[[bytearray], None]) -> SealedAdapter:
+    def seal_adapter(
+        self, gguf: Path, scale: float = 1.0, damage: Callable[[bytearray], None] = lambda _: None
+    ) -> SealedAdapter:
+        """Seal an adapter and unlock it."""
         flex = self._directory / f"adapter-{next(self._names)}.flex"
         seal(gguf, flex, self._vendor)
         data = bytearray(flex.read_bytes())
@@ -152,6 +155,12 @@ class Plain:
     ) -> None:
         self.model = Model.from_file(gguf, load_mode=load_mode, repack=repack)
         self._context = Context(self.model, ContextOptions(CONTEXT_TOKENS, threads))
+
+    def use_adapter(self, path: Path, scale: float) -> None:
+        """Read a LoRA adapter from its plain file, and compute with it from now on."""
+        handle = llama_cpp.llama_adapter_lora_init(self.model.handle, str(path).encode())
+        assert handle
+        self._context.use_adapter(handle, scale)
 
     def greedy(self, prompt: Sequence[int], count: int, batches: Sequence[int] = ()) -> Trace:
         """`batches`: how many of the prompt's first tokens are computed at once, each time; the rest as ever."""

@@ -13,7 +13,7 @@ from flexserve.errors import ModelUnsupported, SegmentNotAuthentic
 
 from ..adapters import F16_TYPE, write_adapter
 from ..architectures import CASES, build
-from .secure_models import Opener, Plain, Trace, answer, forget, plain, request, sealed_greedy, settle, storm
+from .secure_models import Opener, Trace, answer, forget, plain, request, sealed_greedy, settle, storm
 
 LLAMA = shape_named("tiny-llama")
 PROMPT = [5, 9, 2, 7, 11, 3, 8, 1]
@@ -22,14 +22,8 @@ PROMPT = [5, 9, 2, 7, 11, 3, 8, 1]
 def greedy_with(gguf: Path, adapter: Path, scale: float, prompt: list[int] = PROMPT, count: int = 8) -> Trace:
     """What plain llama.cpp says, which reads the adapter from its file by itself."""
     with plain(gguf) as other:
-        use(other, adapter, scale)
+        other.use_adapter(adapter, scale)
         return other.greedy(prompt, count)
-
-
-def use(other: Plain, adapter: Path, scale: float) -> None:
-    handle = llama_cpp.llama_adapter_lora_init(other.model.handle, str(adapter).encode())
-    assert handle
-    other._context.use_adapter(handle, scale)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flexserve.bench.shapes import ModelShape, shape_named
+from flexserve.engine.adapter import SealedAdapter
 from flexserve.engine.layout import CopyFiles, make_copy, would_gain
 from flexserve.engine.model import EngineOptions, SecureModel
 from flexserve.engine.template import TemplateZygote
@@ -24,6 +25,7 @@ from flexserve.sealed.keys import DeviceKey, VendorKey
 from flexserve.sealed.reader import SealedModel
 from flexserve.sealed.seal import seal
 
+from ..adapters import write_adapter
 from ..architectures import CASES as ARCHITECTURES
 from ..architectures import GENERATORS, VOCABULARY, build
 from ..sealed_fixtures import model_key
@@ -85,7 +87,9 @@ def copied_files(gguf: Path) -> tuple[SealedModel, CopyFiles, bytes]:
     return sealed, CopyFiles(copy, out, os.open(path, os.O_RDONLY | os.O_DIRECT)), key
 
 
-def open_copied(gguf: Path, *, threads: int = THREADS, on_demand: bool = True) -> SecureModel:
+def open_copied(
+    gguf: Path, *, threads: int = THREADS, on_demand: bool = True, adapter: SealedAdapter | None = None
+) -> SecureModel:
     sealed, files, key = copied_files(gguf)
     options = EngineOptions(threads=threads, context_tokens=CONTEXT_TOKENS, on_demand=on_demand)
     return SecureModel(
@@ -96,6 +100,7 @@ def open_copied(gguf: Path, *, threads: int = THREADS, on_demand: bool = True) -
         zygote=TemplateZygote(),
         options=options,
         copy=files,
+        adapter=adapter,
     )
 
 
@@ -137,6 +142,22 @@ def test_a_cold_and_a_resident_copy_say_what_plain_llama_cpp_says(copied: Copied
     forget(copied.model)
     copied.check()
     copied.check()
+
+
+def test_an_adapter_beside_a_copy_gets_the_same_logits(opener: Opener, tmp_path: Path) -> None:
+    gguf = quantised(opener, UNTIED, "Q4_0")
+    adapter = write_adapter(tmp_path / "a.gguf", gguf)
+    model = open_copied(gguf, adapter=opener.seal_adapter(adapter))
+    prompt = tokens(12, 256, 0)
+    with plain(gguf, repack=True) as other:
+        without = other.greedy(prompt, 10)
+        other.use_adapter(adapter, 1.0)
+        expected = other.greedy(prompt, 10)
+    assert without != expected
+    assert sealed_greedy(model, prompt, 10) == expected
+    forget(model)
+    assert sealed_greedy(model, prompt, 10) == expected
+    model.close()
 
 
 def test_a_long_prompt_gets_the_same_logits(copied: Copied) -> None:

@@ -11,8 +11,16 @@ from ..core import Finished, FinishReason, Request
 from ..errors import Usage
 from ..worlds import WorldOptions
 from .common import FILE, device_key_option, passphrase_option, sigterm_interrupts, vendor_pub_option
-from .run import EXIT_INTERRUPTED, is_file, opened_server, own_world, prompt_text, read_answer
-from .world_options import admin_socket_option, model_source, world_options
+from .run import (
+    EXIT_INTERRUPTED,
+    check_no_adapter,
+    is_file,
+    opened_server,
+    own_world,
+    prompt_text,
+    read_answer,
+)
+from .world_options import adapter_options, admin_socket_option, model_source, world_options
 
 
 @click.command("embed")
@@ -24,6 +32,7 @@ from .world_options import admin_socket_option, model_source, world_options
 @device_key_option(required=False)
 @vendor_pub_option
 @passphrase_option
+@adapter_options
 @world_options
 @admin_socket_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/schemas/embed.json).")
@@ -35,6 +44,7 @@ def command(
     device_key: str | None,
     vendor_pub: Path | None,
     passphrase_file: Path | None,
+    adapter: tuple[Path, Path | None, float] | None,
     world_name: str,
     threads: int | None,
     context_tokens: int | None,
@@ -54,10 +64,10 @@ def command(
         if is_file(model):
             path = Path(model)
             options = WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file)
-            opened = own_world(
-                world_name, options, model_source(path.stem[:128], path, licence, use_copy=False)
-            )
+            source = model_source(path.stem[:128], path, licence, adapter, use_copy=False)
+            opened = own_world(world_name, options, source)
         else:
+            check_no_adapter(adapter)
             opened = opened_server(model, admin_socket)
         with opened as started:
             made: list[Finished] = []

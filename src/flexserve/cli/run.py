@@ -37,7 +37,13 @@ from .common import (
     vendor_pub_option,
 )
 from .display import breakdown, layout_note, note, summary, write_answer
-from .world_options import admin_socket_option, model_source, no_copy_option, world_options
+from .world_options import (
+    adapter_options,
+    admin_socket_option,
+    model_source,
+    no_copy_option,
+    world_options,
+)
 
 DEFAULTS = Sampling()
 EXIT_INTERRUPTED = 130  # as shells report SIGINT
@@ -134,6 +140,7 @@ class _Settings:
     help="The device's own copy of the model (`flexserve optimize`). Default: the .flexcopy beside it.",
 )
 @no_copy_option
+@adapter_options
 @world_options
 @admin_socket_option
 @click.option(
@@ -161,6 +168,7 @@ def command(
     stop: tuple[str, ...],
     copy: Path | None,
     no_copy: bool,
+    adapter: tuple[Path, Path | None, float] | None,
     world_name: str,
     threads: int | None,
     context_tokens: int | None,
@@ -188,14 +196,24 @@ def command(
         if is_file(model):
             options = WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file)
             path = Path(model)
-            source = model_source(path.stem[:128], path, licence, copy=copy, use_copy=not no_copy)
+            source = model_source(path.stem[:128], path, licence, adapter, copy=copy, use_copy=not no_copy)
             opened = own_world(world_name, options, source)
         else:
+            check_no_adapter(adapter)
             opened = opened_server(model, admin_socket)
         with opened as started:
             if text is None:
                 return _talk(started, settings)
             return _answer_once(started, settings, text, as_json=as_json)
+
+
+def check_no_adapter(adapter: object) -> None:
+    """Raises `Usage` for an adapter where a server has the model."""
+    if adapter is not None:
+        raise Usage(
+            "--adapter goes with a sealed model file, not with a server's model",
+            hint="start the server with it: serve --model NAME=M.flex,adapter=A.flex",
+        )
 
 
 def is_file(model: str) -> bool:

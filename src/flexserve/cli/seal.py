@@ -1,4 +1,4 @@
-"""`flexserve seal`: encrypt and sign a GGUF model."""
+"""`flexserve seal`: encrypt and sign a GGUF model, or a LoRA adapter for one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ from .display import note
 def command(
     *, model: Path, out: Path, vendor: Path, model_id: str | None, version: int, passphrase_file: Path | None
 ) -> None:
-    """Encrypt and sign a GGUF model. Of a split model give the first part, NAME-00001-of-000NN.gguf."""
+    """Encrypt and sign a GGUF model, or a LoRA adapter for one (docs/adapters.md).
+
+    Of a split model give the first part, NAME-00001-of-000NN.gguf.
+    """
     key = load_vendor_key(vendor, passphrase_source(passphrase_file))
     with sigterm_interrupts(), progress_bar("sealing") as progress:
         manifest = seal(model, out, key, model_id, version, progress=progress, trial=_trial)

@@ -40,20 +40,34 @@ PROTECTION = {
 
 
 class ModelOption(click.ParamType[Any]):
-    """NAME=M.flex[,M.lic]"""
+    """NAME=M.flex[,M.lic][,adapter=A.flex[,A.lic][,scale=S]], as the arguments of `model_source`."""
 
-    name = "NAME=M.flex[,M.lic]"
+    name = "NAME=M.flex[,M.lic][,adapter=A.flex[,A.lic][,scale=S]]"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
         if not isinstance(value, str):
             return value
-        name, equals, paths = value.partition("=")
-        sealed, comma, licence = paths.rpartition(",") if "," in paths else (paths, "", "")
-        if not equals or not sealed or (comma and not licence) or not 1 <= len(name) <= 128:
+        name, equals, rest = value.partition("=")
+        model, adapts, rest = rest.partition(",adapter=")
+        adapter, scales, scale = rest.partition(",scale=")
+        try:
+            if not equals or not 1 <= len(name) <= 128:
+                raise ValueError
+            sealed, licence = _paths(model)
+            added = (*_paths(adapter), float(scale) if scales else 1.0) if adapts else None
+        except ValueError:
             self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
         if not name.isprintable():
             self.fail(f"the name {name!r} has characters that cannot be printed", param, ctx)
-        return name, Path(sealed), Path(licence) if licence else None
+        return name, sealed, licence, added
+
+
+def _paths(text: str) -> tuple[Path, Path | None]:
+    """M.flex[,M.lic]. Raises `ValueError`."""
+    sealed, comma, licence = text.rpartition(",") if "," in text else (text, "", "")
+    if not sealed or (comma and not licence):
+        raise ValueError
+    return Path(sealed), Path(licence) if licence else None
 
 
 @click.command("serve")
@@ -63,7 +77,8 @@ class ModelOption(click.ParamType[Any]):
     type=ModelOption(),
     required=True,
     multiple=True,
-    help="A model to serve, and its name. The licence: by default the .lic beside the .flex. Repeatable.",
+    help="A model to serve, and its name; with a sealed LoRA adapter, if wanted (docs/adapters.md). The licence: by "
+    "default the .lic beside the .flex. Repeatable.",
 )
 @device_key_option(required=False)
 @vendor_pub_option
@@ -115,7 +130,7 @@ class ModelOption(click.ParamType[Any]):
 @admin_socket_option
 def command(
     *,
-    models: tuple[tuple[str, Path, Path | None], ...],
+    models: tuple[tuple[str, Path, Path | None, tuple[Path, Path | None, float] | None], ...],
     device_key: str | None,
     vendor_pub: Path | None,
     passphrase_file: Path | None,
@@ -139,7 +154,7 @@ def command(
     from ..server.listen import AdminSocket, default_admin_path, is_loopback, listen_tcp, url
     from ..server.serve import Server
 
-    names = [name for name, _, _ in models]
+    names = [name for name, *_ in models]
     if len(set(names)) < len(names):
         raise Usage("two models have the same name", hint="give each --model its own NAME=")
     sources = [model_source(*model, use_copy=not no_copy) for model in models]
@@ -228,7 +243,8 @@ def _register(gateway: Gateway, source: ModelSource) -> None:
     info = gateway.register(source)
     note(
         f"{source.name}: {printable(info.model_id)} version {info.model_version}, "
-        f"{human_bytes(info.weight_bytes)}{', execution layout' if info.execution_layout else ''}, "
+        f"{human_bytes(info.weight_bytes)}{', execution layout' if info.execution_layout else ''}"
+        f"{f', adapter {printable(info.adapter)}' if info.adapter else ''}, "
         f"registered in {seconds(time.monotonic() - before)}"
     )
     if info.layout_hint:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from ..errors import NotFound
+from ..errors import NotFound, Usage
 from ..worlds import WORLD_NAMES
-from ..worlds.base import ModelSource
+from ..worlds.base import AdapterSource, ModelSource
+from .common import FILE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,19 +68,73 @@ def no_copy_option(function: F) -> F:
     )(function)
 
 
+def adapter_options(function: F) -> F:
+    """`--adapter`, `--adapter-license`, `--adapter-scale`, as the one argument `adapter`. Raises `Usage`."""
+
+    @wraps(function)
+    def command(
+        *,
+        adapter: Path | None,
+        adapter_licence: Path | None,
+        adapter_scale: float | None,
+        **options: Any,
+    ) -> Any:
+        if adapter is None and (adapter_licence is not None or adapter_scale is not None):
+            raise Usage("--adapter-license and --adapter-scale belong to an --adapter")
+        scale = 1.0 if adapter_scale is None else adapter_scale
+        return function(adapter=None if adapter is None else (adapter, adapter_licence, scale), **options)
+
+    for option in (
+        click.option(
+            "--adapter-scale",
+            type=float,
+            metavar="S",
+            help="How much of what the adapter adds: 0.5 is half. Default: 1.",
+        ),
+        click.option(
+            "--adapter-license",
+            "adapter_licence",
+            type=FILE,
+            metavar="A.lic",
+            help="Default: the .lic file beside the adapter.",
+        ),
+        click.option(
+            "--adapter", type=FILE, metavar="A.flex", help="A sealed LoRA adapter to apply to the model."
+        ),
+    ):
+        command = option(command)
+    return command  # type: ignore[return-value]
+
+
 def model_source(
-    name: str, sealed: Path, licence: Path | None, *, copy: Path | None = None, use_copy: bool = True
+    name: str,
+    sealed: Path,
+    licence: Path | None,
+    adapter: tuple[Path, Path | None, float] | None = None,
+    *,
+    copy: Path | None = None,
+    use_copy: bool = True,
 ) -> ModelSource:
-    """The model and its licence: by default the .lic beside the .flex. Raises `NotFound`."""
+    """The model and its licence: by default the .lic beside the .flex; the same of its adapter. Raises `NotFound`,
+    `Usage`."""
+    licence = _licence_of(sealed, licence, "sealed model")
+    added = None
+    if adapter is not None:
+        path, its_licence, scale = adapter
+        added = AdapterSource(path, _licence_of(path, its_licence, "sealed adapter"), scale)
+    return ModelSource(name, sealed, licence, copy, use_copy, added)
+
+
+def _licence_of(sealed: Path, licence: Path | None, what: str) -> Path:
     if not sealed.exists():
-        raise NotFound(f"there is no sealed model {sealed}")
+        raise NotFound(f"there is no {what} {sealed}")
     if licence is None:
         licence = sealed.with_suffix(".lic")
         if not licence.exists():
             raise NotFound(
                 f"there is no licence {licence}",
-                hint="give its path, or put it beside the model under that name",
+                hint=f"give its path, or put it beside the {what.split()[1]} under that name",
             )
     elif not licence.exists():
         raise NotFound(f"there is no licence {licence}")
-    return ModelSource(name, sealed, licence, copy, use_copy)
+    return licence

@@ -11,8 +11,23 @@ from pathlib import Path
 from typing import Protocol
 
 from ..core import Budget, Event, ModelInfo, Request, WorldStatus
+from ..errors import Usage
 
 RECALL_DEADLINE_S = 10.0
+MAX_ADAPTER_SCALE = 1000.0
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """A sealed LoRA adapter and its licence, and how much of it: `scale` times what it adds to each matrix."""
+
+    sealed: Path
+    licence: Path
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not abs(self.scale) <= MAX_ADAPTER_SCALE:
+            raise Usage(f"an adapter's scale is {self.scale}: at most {MAX_ADAPTER_SCALE:g} is possible")
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,7 @@ class ModelSource:
     licence: Path
     copy: Path | None = None
     use_copy: bool = True
+    adapter: AdapterSource | None = None
 
 
 class Generation(Protocol):

@@ -29,6 +29,7 @@ from ..errors import (
     LicenceWrongDevice,
     LicenceWrongModel,
     ModelNotFound,
+    ModelUnsupported,
     NotFound,
     SealedMalformed,
     SegmentNotAuthentic,
@@ -167,6 +168,8 @@ class FakeWorld:
 
     def register(self, source: ModelSource) -> ModelInfo:
         self._check_running()
+        if source.adapter is not None:
+            raise ModelUnsupported("the fake world applies no adapter")
         model = _read_json(source.sealed, "model", SealedMalformed)
         if model["vendor"] != VENDOR:
             raise VendorNotTrusted(f"{source.sealed} is signed by {model['vendor']!r}")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ...errors import NotFound, StorageFailure
 from ...sealed.device_copy import default_path
-from ..base import ModelSource
+from ..base import AdapterSource, ModelSource
+from .channel import AdapterUse
 
 MAX_LICENCE_BYTES = 1 << 16
 
@@ -82,10 +83,24 @@ class Storage:
         self._kept[source.sealed] = open_sealed(source.sealed)
         self._copies[source.sealed] = open_copy(source)
         self._licences[source.licence] = read_licence(source.licence)
+        if source.adapter is not None:
+            self._kept[source.adapter.sealed] = open_sealed(source.adapter.sealed)
+            self._licences[source.adapter.licence] = read_licence(source.adapter.licence)
 
     def open_sealed(self, path: Path) -> list[int]:
         """As the function; the caller closes the descriptors."""
         return _duplicates(self._kept[path]) if path in self._kept else open_sealed(path)
+
+    def open_adapter(self, adapter: AdapterSource | None, descriptors: list[int]) -> AdapterUse | None:
+        """What to say of a model's adapter; its file is added to the descriptors, which the caller closes."""
+        if adapter is None:
+            return None
+        licence = self.read_licence(adapter.licence)
+        cached, *direct = self.open_sealed(adapter.sealed)
+        for fd in direct:
+            os.close(fd)
+        descriptors.append(cached)
+        return AdapterUse(licence, adapter.scale)
 
     def open_copy(self, source: ModelSource) -> list[int] | None:
         """As the function; the caller closes the descriptors."""

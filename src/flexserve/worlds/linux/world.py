@@ -373,7 +373,9 @@ class LinuxWorld:
     def _register(self, source: ModelSource, process: SecureProcess) -> ModelInfo:
         descriptors = self._storage.open_sealed(source.sealed)
         copies = self._storage.open_copy(source)
+        adapters: list[int] = []
         try:
+            use = self._storage.open_adapter(source.adapter, adapters)
             answer = self._with_licence(
                 source,
                 lambda licence, state: self._call(
@@ -381,8 +383,9 @@ class LinuxWorld:
                     lambda call: Register(
                         *(call, source.name, licence, state, len(descriptors)),
                         None if copies is None else len(copies),
+                        use,
                     ),
-                    (*descriptors, *(copies or ())),
+                    (*descriptors, *(copies or ()), *adapters),
                     process,
                 ),
             )
@@ -393,7 +396,7 @@ class LinuxWorld:
                 f"the secure world ended while it loaded {source.sealed}: {error.message}"
             ) from error
         finally:
-            for fd in (*descriptors, *(copies or ())):
+            for fd in (*descriptors, *(copies or ()), *adapters):
                 os.close(fd)
         return answer.info
 
