@@ -61,8 +61,8 @@ and for embeddings {shown_embeddings}.
 Admitted, but not shown:
 
 """
-TAIL = """- LoRA adapters without their model ([adapters.md](adapters.md) says how they are used), of another type than F32, F16,
-  BF16 and Q8_0, or for an embedding that is the output matrix too
+TAIL = """- LoRA adapters without their model ([adapters.md](adapters.md) says how they are used), of another type than
+  F32, F16, BF16 and Q8_0, or for an embedding that is the output matrix too
 - models that rank texts (`pooling_type` rank), tensors of type NVFP4, and tokenizers other than byte-pair
   (`gpt2`), SentencePiece (`llama`), `gemma4` and WordPiece (`bert`)
 """
