@@ -62,6 +62,25 @@ def test_one_part_can_be_measured_alone(options: MemoryOptions, monkeypatch: pyt
     assert result["recall_gbps"] is None
 
 
+@pytest.mark.slow
+def test_under_pressure_every_side_gives_the_same_answer(
+    options: MemoryOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing is pressed: this machine is not ours. What is measured and how is the same.
+    monkeypatch.setattr(background, "press", lambda _hog, held, _left, _ours=0: held)
+    only = MemoryOptions(
+        "tiny-llama", prompt_tokens=8, parts=("pressure",), directory=options.directory, threads=1
+    )
+    result = memory_bench.run(only, lambda _text: None)
+    validate("bench-memory", result)
+    starts = result["pressure"]["starts"]
+    assert [one["side"] for one in starts] == [s for s in background.SIDES for _ in background.LEVELS]
+    assert all(one["resident_bytes"] == 0 for one in starts if one["side"] == "sealed_no_cache")
+    assert all(one["resident_bytes"] > 0 for one in starts if one["side"] == "sealed")
+    assert result["pressure"]["lazy"]["handed_bytes"] > 0
+    assert result["pressure"]["lazy"]["same_answer"]
+
+
 def test_a_part_nobody_knows_is_refused_by_name() -> None:
     with pytest.raises(Usage, match="no part is called 'fill'"):
         MemoryOptions(parts=("fill",))
