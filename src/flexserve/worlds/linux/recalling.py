@@ -1,12 +1,29 @@
-"""A recall on its way, as the normal side sees it: first the answer, then the end. Knows no messages."""
+"""Calls about memory, as the normal side sees them: recalls on their way, limits and the trace."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
+from ...core import Budget
 from ...errors import FlexServeError, InvalidRequest
 from ..base import Recalled
+from .channel import (
+    BudgetReported,
+    Recall,
+    RecallAnswered,
+    RecallBegan,
+    RecallEnded,
+    SetBudget,
+    Trace,
+    Traced,
+)
+
+MAX_DEADLINE_S = 1e6
+_Limits = tuple[int | None, int | None, int | None]
 
 
 def check_bytes(*sizes: int) -> None:
@@ -61,3 +78,77 @@ class LinuxRecalling:
             if self._end is None:
                 self._end = error
                 self._changed.notify_all()
+
+
+class MemoryCalls:
+    """What the world asks its secure process about memory. Thread-safe."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        """`call(kind, make, process=)`: sends, and waits for the answer."""
+        self._call = call
+        self._lock = threading.Lock()
+        self._recallings: dict[int, LinuxRecalling] = {}
+        self._limits: _Limits = (None, None, None)  # soft, hard, floor: as somebody set them
+
+    def recall(self, nbytes: int, deadline_s: float) -> LinuxRecalling:
+        """See `World.recall`."""
+        check_bytes(nbytes)
+        if not 0 <= deadline_s <= MAX_DEADLINE_S:
+            raise InvalidRequest(f"a deadline must be 0 to {MAX_DEADLINE_S:.0f} seconds")
+        recalling = LinuxRecalling(nbytes)
+
+        def make(call: int) -> Recall:
+            with self._lock:
+                self._recallings[call] = recalling
+            return Recall(call, nbytes, deadline_s)
+
+        self._call(RecallAnswered, make)
+        return recalling
+
+    def budget(self, soft_bytes: int | None, hard_bytes: int | None, floor_bytes: int | None) -> Budget:
+        """See `World.budget`."""
+        wanted = (soft_bytes, hard_bytes, floor_bytes)
+        check_bytes(*(limit for limit in wanted if limit is not None))
+        answer: BudgetReported = self._call(BudgetReported, lambda call: SetBudget(call, *wanted))
+        with self._lock:
+            soft, hard, floor = (
+                old if new is None else new for old, new in zip(self._limits, wanted, strict=True)
+            )
+            self._limits = soft, hard, floor
+        return answer.budget
+
+    def set_again(self, process: object) -> None:
+        """Give the limits to a fresh process."""
+        with self._lock:
+            limits = self._limits
+        if limits != (None, None, None):
+            with contextlib.suppress(FlexServeError):
+                self._call(BudgetReported, lambda call: SetBudget(call, *limits), process=process)
+
+    def trace(self, after: int) -> list[str]:
+        """See `World.trace`."""
+        answer: Traced = self._call(Traced, lambda call: Trace(call, after))
+        return answer.lines
+
+    def tell(self, message: RecallAnswered | RecallBegan | RecallEnded) -> None:
+        """How a recall goes on."""
+        with self._lock:
+            recalling = self._recallings.get(message.call)
+            if isinstance(message, RecallEnded):
+                self._recallings.pop(message.call, None)
+        if recalling is None:
+            return
+        match message:
+            case RecallAnswered(_, chosen, later):
+                recalling.answer(chosen, later)
+            case RecallBegan():
+                recalling.first_byte()
+            case RecallEnded(_, freed):
+                recalling.finish(freed)
+
+    def end_all(self, error: FlexServeError) -> None:
+        """The process has ended."""
+        with self._lock:
+            recallings, self._recallings = list(self._recallings.values()), {}
+        for recalling in recallings:
+            recalling.fail(error)

@@ -17,8 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...core import Budget, Request
@@ -26,7 +25,6 @@ from ...engine.guide import Beginning
 from ...engine.model import SecureModel
 from ...engine.model_sessions import Match
 from ...errors import FlexServeError, by_code
-from ...flexmem.arena import Change
 from ...framework import effects as ef
 from ...framework import events as ev
 from ...framework import trace
@@ -34,6 +32,7 @@ from ...framework.machine import Framework, ModelView, View
 from ...framework.order import Range
 from ...framework.settings import Settings
 from ...framework.tables import SegmentTrigger
+from .outside import Outside, changes, pieces, session_name
 from .run import Run
 
 if TYPE_CHECKING:
@@ -41,36 +40,6 @@ if TYPE_CHECKING:
 
 TRACE_EVENTS = 4096
 TICK_S = 0.05  # between two of them, at least
-FIRST_SEGMENTS = 16  # of a recall: the first bytes go at once, the others in larger pieces
-MORE_SEGMENTS = 1024
-
-
-class Outside:
-    """What the runner tells the rest of the process. Called on any thread, and never waited for."""
-
-    def compute(self, run: Run) -> None:
-        """This request's turn: answer it on the compute thread."""
-
-    def ended(self, run: Run, error: FlexServeError | None) -> None:
-        """A request that never computed has ended; None: its client had gone."""
-
-    def answered(self, call: int, chosen_bytes: int, later_bytes: int) -> None:
-        """A recall's bytes are chosen."""
-
-    def began(self, call: int) -> None:
-        """The first of them are back."""
-
-    def finished(self, call: int, freed_bytes: int) -> None:
-        """All of them are."""
-
-    def asks(self, nbytes: int) -> None:
-        """A request could use so much more."""
-
-    def closed(self, name: str) -> None:
-        """A model is closed: its files are not read any more."""
-
-    def fails(self) -> None:
-        """A mistake of ours: nothing would go on any more."""
 
 
 @dataclass
@@ -79,32 +48,9 @@ class _Model:
 
     model: SecureModel
     pending: int = 0
-
-
-class ModelListener:
-    """What one model's loader reports (`flexmem.loader.Listener`)."""
-
-    def __init__(self, runner: Runner, name: str) -> None:
-        self._runner = runner
-        self.name = name
-        self._latest: int | None = None  # where compute waits, not told yet
-
-    def changed(self) -> None:
-        self._runner.report(self.name)
-
-    def computes_at(self, segment: int) -> None:
-        """On the fault handler's thread, which must not be kept: the clock thread tells it."""
-        told, self._latest = self._latest is not None, segment
-        if not told:
-            self._runner.post_later(self._tell)
-
-    def _tell(self) -> None:
-        segment, self._latest = self._latest, None
-        if segment is not None:
-            self._runner.post(ev.ComputeAt(self.name, segment))
-
-    def poisoned(self, error: FlexServeError) -> None:
-        self._runner.post(ev.ModelPoisoned(self.name, error.code, error.message))
+    later: list[Callable[[], None]] = field(
+        default_factory=list
+    )  # of them, those that wait for an answer's end
 
 
 class Runner:
@@ -146,7 +92,7 @@ class Runner:
             known = self._models.get(name)
             if known is None:
                 return
-            self._events.extend(_changes(name, known.model.arena.take_journal()))
+            self._events.extend(changes(name, known.model.arena.take_journal()))
         self._run()
 
     def post_later(self, tell: Callable[[], None]) -> None:
@@ -319,6 +265,10 @@ class Runner:
             known.pending += 1
 
         def do() -> None:
+            with self._lock:
+                if known.later or self._must_stay(known, name):
+                    known.later.append(do)
+                    return
             try:
                 work(known.model)
             finally:
@@ -326,6 +276,12 @@ class Runner:
                     known.pending -= 1
 
         self._memory.put(do)
+
+    def _must_stay(self, known: _Model, name: str) -> bool:
+        """Without userfaultfd nothing could wait for a page that is gone: what answers is left alone."""
+        if known.model.loader.on_demand:
+            return False
+        return any(run.model == name and run.started for run in self._runs.values())
 
     def _work_on_memory(self) -> None:
         while True:
@@ -339,7 +295,7 @@ class Runner:
         with self._lock:
             model.loader.stop()
             journal = model.arena.take_journal()
-            self._events.extend(_changes(name, [c for c in journal if c.what != SegmentTrigger.STOPPED]))
+            self._events.extend(changes(name, [c for c in journal if c.what != SegmentTrigger.STOPPED]))
             # In one piece, since it is the answer; also when it is empty. None of these was placed before.
             stopped = tuple(Range(c.first, c.count) for c in journal if c.what == SegmentTrigger.STOPPED)
             self._events.append(ev.SegmentsChanged(name, SegmentTrigger.STOPPED, stopped))
@@ -352,7 +308,7 @@ class Runner:
                 self._outside.began(call)
                 call = None
 
-        for piece in _pieces(ranges):
+        for piece in pieces(ranges):
             model.arena.recall(piece, given)
             self.report(name)
 
@@ -361,7 +317,7 @@ class Runner:
             model.arena.lazy(range(one.first, one.first + one.count))
 
     def _pin(self, name: str, model: SecureModel, ranges: Iterable[Range]) -> None:
-        for piece in _pieces(ranges):
+        for piece in pieces(ranges):
             model.arena.pin(piece)
             self.report(name)
 
@@ -431,6 +387,13 @@ class Runner:
     def done(self, run: Run) -> None:
         """A request that computed has ended."""
         self.forget(run)
+        with self._lock:
+            known = self._models.get(run.model)
+            later: list[Callable[[], None]] = []
+            if known is not None:
+                later, known.later = known.later, later
+        for work in later:
+            self._memory.put(work)
         if run.beginning is not None:
             self._sessions.give_up(run.beginning.session)
         self.post(ev.RequestFinished(run.name, run.tokens, run.tokens > 0))
@@ -488,27 +451,3 @@ class Runner:
         """The Framework's name for a session that was found in storage; `session`: the client's name of it, or none."""
         name = session_name(model, session)
         return self._new_session(model) if not session or taken(name) else name
-
-
-def session_name(model: str, session: str) -> str:
-    """The Framework's name of a client's session: the trace repeats no client's words."""
-    return f"{model}/c{sha256(session.encode()).hexdigest()[:16]}"
-
-
-def _pieces(ranges: Iterable[Range]) -> Iterable[list[int]]:
-    """Segments in small pieces first."""
-    size, piece = FIRST_SEGMENTS, []
-    for one in ranges:
-        for index in range(one.first, one.first + one.count):
-            piece.append(index)
-            if len(piece) == size:
-                yield piece
-                size, piece = MORE_SEGMENTS, []
-    if piece:
-        yield piece
-
-
-def _changes(name: str, journal: Iterable[Change]) -> Iterable[ev.SegmentsChanged]:
-    """What an arena noted, as events; what happened alike and in a row is one."""
-    for what, changes in itertools.groupby(journal, lambda change: change.what):
-        yield ev.SegmentsChanged(name, what, tuple(Range(c.first, c.count) for c in changes))

@@ -17,8 +17,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
-from pathlib import Path
+from collections.abc import Callable
 
 # Imported when first used, when no file can be opened any more.
 from cryptography.hazmat.backends.openssl import backend as _backend  # noqa: F401
@@ -40,15 +39,11 @@ from ...errors import (
 from ...flexmem import repack
 from ...flexmem.uffd import UffdDeniedError, Userfaultfd
 from ...framework import events as ev
-from ...framework.settings import Settings
 from ...sealed.crypto import rest_ciphers
 from ...sealed.device_copy import open_copy
-from ...sealed.keyfile import load_device_key, read_passphrase_file
-from ...sealed.keys import DeviceKey, VendorPublicKey
 from ...sealed.licence import Licence, open_licence
 from ...sealed.reader import SealedModel
 from ...sealed.secret import is_secret, wipe
-from ...sealed.trust import TrustStore, read_public_key
 from .channel import (
     AdapterUse,
     BudgetReported,
@@ -88,8 +83,10 @@ from .channel import (
     Traced,
     failed,
 )
+from .configured import device_key, framework_settings, trusted_vendors
+from .outside import ModelListener, Outside
 from .run import Run
-from .runner import ModelListener, Outside, Runner
+from .runner import Runner
 from .saving import Saver
 
 PROGRESS_PERIOD_S = 0.1
@@ -111,8 +108,8 @@ class SecureWorld(Outside):
         self._channel = channel
         self._zygote = zygote
         self._started = time.perf_counter()
-        self.device = _device_key(configure)
-        self._trusted = _trusted(configure)
+        self.device = device_key(configure)
+        self._trusted = trusted_vendors(configure)
         llama.start()
         self.measures = confine()
         self.measures.secret_memory = is_secret()
@@ -131,7 +128,7 @@ class SecureWorld(Outside):
             hide_from_dumps=configure.hardened,
             memory_locked=self.measures.memory_locked,
         )
-        self._runner = Runner(_settings(configure, on_demand=self._options.on_demand), self)
+        self._runner = Runner(framework_settings(configure, on_demand=self._options.on_demand), self)
         self._sessions = SessionStore(None)
         self._keeps = configure.session_bytes != 0
         self._saver = self._runner.saver = Saver(
@@ -477,43 +474,6 @@ def _tokens(request_id: str, token: Token) -> Tokens:
 def _close(descriptors: list[int]) -> None:
     for fd in descriptors:
         os.close(fd)
-
-
-def _device_key(configure: Configure) -> DeviceKey:
-    def passphrase(source: str) -> bytes:
-        if configure.passphrase_file is not None:
-            return read_passphrase_file(Path(configure.passphrase_file))
-        import getpass
-
-        return getpass.getpass(
-            f"passphrase of {source}: "
-        ).encode()  # from the terminal, past the normal world
-
-    return load_device_key(configure.device_key, passphrase)
-
-
-def _settings(configure: Configure, *, on_demand: bool) -> Settings:
-    """The Framework's. Without other wishes the secure world may have half of the machine's memory, and three quarters
-    where the normal world offers so much."""
-    settings = configure.settings
-    if settings is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        usual = Settings()
-        settings = dataclasses.replace(
-            usual,
-            budget_bytes=memory // 2,
-            cap_bytes=memory * 3 // 4,
-            floor_bytes=min(usual.floor_bytes, memory // 8),
-        )
-    if configure.session_bytes is not None:
-        settings = dataclasses.replace(settings, session_limit_bytes=configure.session_bytes)
-    return dataclasses.replace(settings, saves=configure.saves, lazy=settings.lazy and on_demand)
-
-
-def _trusted(configure: Configure) -> Collection[VendorPublicKey]:
-    if configure.vendor_pub is not None:
-        return (read_public_key(Path(configure.vendor_pub)),)
-    return TrustStore(Path(configure.trust_dir)).vendors()
 
 
 def serve(channel: Channel, zygote: TemplateZygote, confine: Callable[[], Measures]) -> None:

@@ -31,7 +31,6 @@ from ...sealed.trust import default_trust_dir
 from ..base import RECALL_DEADLINE_S, ModelSource
 from .calls import CALL_TIMEOUT_S, Calls
 from .channel import (
-    BudgetReported,
     CallAnswer,
     Cancel,
     CannotSave,
@@ -45,7 +44,6 @@ from .channel import (
     Optimize,
     Optimized,
     Ready,
-    Recall,
     RecallAnswered,
     RecallBegan,
     RecallEnded,
@@ -53,15 +51,12 @@ from .channel import (
     Registered,
     Reported,
     SavesWanted,
-    SetBudget,
     Status,
     Tokens,
-    Trace,
-    Traced,
 )
 from .generation import LinuxGeneration
 from .process import SecureProcess
-from .recalling import LinuxRecalling, check_bytes
+from .recalling import LinuxRecalling, MemoryCalls, check_bytes
 from .session_storage import SessionKeeper
 from .starter import Starter
 from .storage import Storage, given_away
@@ -139,8 +134,7 @@ class LinuxWorld:
         self._suspects: set[str] = set()  # the process ended while it loaded them again
         self._answers: dict[str, LinuxGeneration] = {}
         self._calls = Calls()
-        self._recallings: dict[int, LinuxRecalling] = {}
-        self._limits: tuple[int | None, int | None, int | None] = (None, None, None)  # as set by `budget`
+        self._memory = MemoryCalls(self._call)
         self._restarts = 0
         self._restarts_in_a_row = 0
         self._serving = False  # the process runs and has its models
@@ -230,16 +224,7 @@ class LinuxWorld:
         return generation
 
     def recall(self, nbytes: int, *, deadline_s: float = RECALL_DEADLINE_S) -> LinuxRecalling:
-        check_bytes(nbytes)
-        recalling = LinuxRecalling(nbytes)
-
-        def make(call: int) -> Recall:
-            with self._lock:
-                self._recallings[call] = recalling
-            return Recall(call, nbytes, deadline_s)
-
-        self._call(RecallAnswered, make)
-        return recalling
+        return self._memory.recall(nbytes, deadline_s)
 
     def offer(self, nbytes: int) -> None:
         check_bytes(nbytes)
@@ -251,17 +236,10 @@ class LinuxWorld:
     def budget(
         self, soft_bytes: int | None = None, hard_bytes: int | None = None, floor_bytes: int | None = None
     ) -> Budget:
-        check_bytes(*(limit for limit in (soft_bytes, hard_bytes, floor_bytes) if limit is not None))
-        answer = self._call(BudgetReported, lambda call: SetBudget(call, soft_bytes, hard_bytes, floor_bytes))
-        with self._lock:  # for the process that comes next
-            old, now = self._limits, answer.budget
-            soft = now.soft_bytes if soft_bytes is not None else old[0]
-            hard = now.hard_bytes if hard_bytes is not None else old[1]
-            self._limits = soft, hard, now.floor_bytes if floor_bytes is not None else old[2]
-        return answer.budget
+        return self._memory.budget(soft_bytes, hard_bytes, floor_bytes)
 
     def trace(self, after: int = 0) -> list[str]:
-        return self._call(Traced, lambda call: Trace(call, after)).lines
+        return self._memory.trace(after)
 
     def status(self) -> WorldStatus:
         status = self._call(Reported, Status).status
@@ -485,9 +463,7 @@ class LinuxWorld:
     def _register_again(self, process: SecureProcess) -> None:
         """Give the models to a fresh process; requests that arrive meanwhile wait in `_running`."""
         with self._registering:
-            if any(limit is not None for limit in self._limits):
-                with contextlib.suppress(FlexServeError):
-                    self._call(BudgetReported, lambda call: SetBudget(call, *self._limits), process=process)
+            self._memory.set_again(process)
             if self._keeper is not None:
                 with contextlib.suppress(FlexServeError):
                     self._keeper.offer(process)
@@ -519,10 +495,7 @@ class LinuxWorld:
             answers, self._answers = list(self._answers.values()), {}
         for answer in answers:
             answer.push(error)
-        with self._lock:
-            recallings, self._recallings = list(self._recallings.values()), {}
-        for recalling in recallings:
-            recalling.fail(error)
+        self._memory.end_all(error)
         self._calls.end_all(error)
 
     def _handle(self, message: Any) -> None:
@@ -536,15 +509,11 @@ class LinuxWorld:
                 self._push(request_id, message.error())
             case Failed(call=int(call)):
                 self._calls.reply(call, message.error())
-            case RecallAnswered(call, chosen, later):
-                self._recalling(call, lambda r: r.answer(chosen, later))
+            case RecallAnswered(call):
+                self._memory.tell(message)
                 self._calls.reply(call, message)
-            case RecallBegan(call):
-                self._recalling(call, lambda r: r.first_byte())
-            case RecallEnded(call, freed):
-                self._recalling(call, lambda r: r.finish(freed))
-                with self._lock:
-                    self._recallings.pop(call, None)
+            case RecallBegan() | RecallEnded():
+                self._memory.tell(message)
             case OfferWanted(nbytes):
                 self.wanted_bytes = nbytes
             case SavesWanted():
@@ -554,12 +523,6 @@ class LinuxWorld:
                 self._calls.reply(message.call, message)
             case _:
                 raise ChannelBroken("the secure world sent a message out of turn")
-
-    def _recalling(self, call: int, tell: Callable[[LinuxRecalling], None]) -> None:
-        with self._lock:
-            recalling = self._recallings.get(call)
-        if recalling is not None:
-            tell(recalling)
 
     def _cannot_save(self) -> None:
         with self._lock:

@@ -1,0 +1,54 @@
+"""What a `Configure` message stands for: the device's key, whom the device trusts, and the Framework's settings.
+
+Reads files, so everything here is called before the process is confined.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from ...framework.settings import Settings
+from ...sealed.keyfile import load_device_key, read_passphrase_file
+from ...sealed.keys import DeviceKey, VendorPublicKey
+from ...sealed.trust import TrustStore, read_public_key
+from .channel import Configure
+
+
+def device_key(configure: Configure) -> DeviceKey:
+    def passphrase(source: str) -> bytes:
+        if configure.passphrase_file is not None:
+            return read_passphrase_file(Path(configure.passphrase_file))
+        import getpass
+
+        return getpass.getpass(
+            f"passphrase of {source}: "
+        ).encode()  # from the terminal, past the normal world
+
+    return load_device_key(configure.device_key, passphrase)
+
+
+def framework_settings(configure: Configure, *, on_demand: bool) -> Settings:
+    """The Framework's. Without other wishes the secure world may have half of the machine's memory, and three quarters
+    where the normal world offers so much."""
+    settings = configure.settings
+    if settings is None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        usual = Settings()
+        settings = dataclasses.replace(
+            usual,
+            budget_bytes=memory // 2,
+            cap_bytes=memory * 3 // 4,
+            floor_bytes=min(usual.floor_bytes, memory // 8),
+        )
+    if configure.session_bytes is not None:
+        settings = dataclasses.replace(settings, session_limit_bytes=configure.session_bytes)
+    return dataclasses.replace(settings, saves=configure.saves, lazy=settings.lazy and on_demand)
+
+
+def trusted_vendors(configure: Configure) -> Collection[VendorPublicKey]:
+    if configure.vendor_pub is not None:
+        return (read_public_key(Path(configure.vendor_pub)),)
+    return TrustStore(Path(configure.trust_dir)).vendors()
