@@ -3,11 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from flexserve.worlds.base import ModelSource
 
 from .sealed_fixtures import SMALL, TINY, Kit, make_kit
 from .world_fixtures import Device, make_device
+
+# An example takes as long as the machine lets it: where others compute, single ones take seconds.
+settings.register_profile("flexserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("flexserve")
 
 
 @pytest.fixture(scope="session")

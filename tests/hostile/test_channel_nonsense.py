@@ -28,6 +28,7 @@ from flexserve.worlds.linux.process import SecureProcess
 from ..world_fixtures import Device, linux_world
 
 PATIENCE_S = 30.0
+START_S = 120.0  # for a process to start, or to see that it must not, on a busy machine
 
 
 def frame(body: bytes) -> bytes:
@@ -121,7 +122,7 @@ class Raw:
         self.process = SecureProcess(True)
         self.channel = self.process.channel
         self.socket = self.channel._sock
-        self.socket.settimeout(PATIENCE_S)
+        self.socket.settimeout(START_S)
         self._configure = messages.Configure(
             str(device.key_path), None, str(device.vendor_path), "", 1, None, True, True
         )
@@ -134,7 +135,7 @@ class Raw:
     def end(self) -> int:
         """Close our side of the channel if the process has not ended by itself; its exit status."""
         self.channel.shut()
-        status = self.process.popen.wait(PATIENCE_S)
+        status = self.process.popen.wait(START_S)
         self.channel.close()
         return status
 
