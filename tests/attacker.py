@@ -152,7 +152,7 @@ def process_vm_read(pid: int) -> int:
 def gcore(pid: int, out: Path) -> Path | None:
     """What gdb's gcore dumps of a process; None when it dumps nothing. For tests marked `needs_gcore`."""
     run = subprocess.run(
-        ["gcore", "-o", str(out), str(pid)], capture_output=True, timeout=120, check=False, cwd=out.parent
+        ["gcore", "-o", str(out), str(pid)], capture_output=True, timeout=300, check=False, cwd=out.parent
     )
     core = out.with_name(f"{out.name}.{pid}")
     assert core.exists() == (run.returncode == 0), run

@@ -80,8 +80,11 @@ def served(
         **{f"XDG_{n.upper()}_HOME": str(d / n) for n in ("config", "state")},
         "XDG_RUNTIME_DIR": str(d / "run"),
     }
+    model = f"m={source.sealed},{source.licence}"
+    if source.adapter is not None:
+        model += f",adapter={source.adapter.sealed},{source.adapter.licence},scale={source.adapter.scale}"
     words = [
-        "serve", "--model", f"m={source.sealed},{source.licence}", "--device-key", str(device.key_path),
+        "serve", "--model", model, "--device-key", str(device.key_path),
         "--vendor-pub", str(device.vendor_path), "--port", "0", "--admin-socket", str(d / "a.sock"),
         "--threads", "1",  # more of them wait for each other where other programs keep a processor busy
     ]  # fmt: skip

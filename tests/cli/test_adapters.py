@@ -9,6 +9,7 @@ import pytest
 from flexserve.cli.serve import ModelOption
 
 from ..adapters import write_adapter
+from ..schemas import validate
 from .conftest import Shell
 
 
@@ -24,6 +25,10 @@ def test_an_adapter_is_sealed_licensed_and_used_like_a_model(sealed: Shell, tiny
     write_adapter(sealed.directory / "lora.gguf", tiny_gguf)
     sealed.ok("keys trust vendor.pub")
     assert "random-adapter version 1" in sealed.ok("seal lora.gguf -o a.flex --vendor vendor.key")
+    about = sealed.json("inspect a.flex --json")
+    validate("inspect", about)
+    assert (about["is_adapter"], sealed.json("inspect m.flex --json")["is_adapter"]) == (True, False)
+    assert "LoRA adapter for llama, F32" in sealed.ok("inspect a.flex")
     sealed.ok("license a.flex --vendor vendor.key --device device.pub -o a.lic")
     assert "authentic" in sealed.ok("verify a.flex --license a.lic --device-key device.key")
     run = "run m.flex --device-key device.key --raw --temperature 0 --max-tokens 12 --threads 1 --json hello"

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from flexserve.bench.generate import write_model
-from flexserve.sealed.gguf import parse_header
-from flexserve.worlds.base import ModelSource
+from flexserve.sealed.gguf import parse_header, read_header
+from flexserve.worlds.base import AdapterSource, ModelSource
 
+from ..adapters import write_adapter
 from ..attacker import (
     as_same_user,
     children,
@@ -51,15 +52,21 @@ needs_core_files = pytest.mark.skipif(
 
 @dataclasses.dataclass(frozen=True)
 class Marked:
-    """A device with a model whose weights contain canaries."""
+    """A device with a model, and an adapter for it, whose weights contain canaries."""
 
     device: Device
     source: ModelSource
     body: bytes
     embedding: bytes
+    adapter: bytes
 
     @property
-    def canaries(self) -> tuple[bytes, bytes]:
+    def canaries(self) -> tuple[bytes, ...]:
+        return self.body, self.embedding, self.adapter
+
+    @property
+    def dumpable(self) -> tuple[bytes, ...]:
+        """Those that a dump has where nothing is hardened: an adapter's memory is in none."""
         return self.body, self.embedding
 
 
@@ -81,13 +88,27 @@ def mark(gguf: Path) -> tuple[bytes, bytes]:
     return body, embedding
 
 
+def marked_adapter(gguf: Path) -> tuple[Path, bytes]:
+    """An adapter with a canary in its first matrix."""
+    path = write_adapter(gguf.with_name("a.gguf"), gguf, ["blk.0.attn_q.weight"])
+    header = read_header(path)[1]
+    canary = b"".join(secrets.token_hex(2)[:3].encode() + b"?" for _ in range(64))
+    data = bytearray(path.read_bytes())
+    data[header.data_offset : header.data_offset + len(canary)] = canary
+    path.write_bytes(data)
+    return path, canary
+
+
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory: pytest.TempPathFactory) -> Marked:
     gguf = tmp_path_factory.mktemp("vendor") / "m.gguf"
     write_model(SHAPE, "F16", gguf)
     body, embedding = mark(gguf)
+    adapter_gguf, adapter = marked_adapter(gguf)
     device = make_device(tmp_path_factory.mktemp("d"))
-    return Marked(device, device.add("m", gguf), body, embedding)
+    sealed = device.add("a", adapter_gguf)
+    source = dataclasses.replace(device.add("m", gguf), adapter=AdapterSource(sealed.sealed, sealed.licence))
+    return Marked(device, source, body, embedding, adapter)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +195,7 @@ def test_control_gcore_dumps_the_weights_without_hardening(
     pid = control.secure_pid
     dump = as_same_user(lambda: gcore(pid, tmp_path / "core"))
     assert dump is not None
-    for canary in marked.canaries:
+    for canary in marked.dumpable:
         assert file_has(dump, canary)
     dump.unlink()
     assert control.complete("still there").status_code == 200
@@ -224,6 +245,6 @@ def test_control_a_crash_leaves_a_core_file_with_the_weights_without_hardening(
 ) -> None:
     crash(control, signal.SIGSEGV)
     (core,) = (control.directory / "work").glob("core*")
-    for canary in marked.canaries:
+    for canary in marked.dumpable:
         assert file_has(core, canary)
     core.unlink()

@@ -121,7 +121,7 @@ def models_table(models: Sequence[ModelInfo]) -> str:
     rows = [
         (
             printable(m.name),
-            f"{printable(m.model_id)} v{m.model_version}",
+            f"{printable(m.model_id)} v{m.model_version}{f' + {printable(m.adapter)}' if m.adapter else ''}",
             printable(m.architecture),
             printable(m.quantization),
             human_count(m.parameters),

@@ -45,6 +45,7 @@ def as_dict(signed: SignedManifest, *, trusted: bool) -> dict[str, Any]:
         "signature_valid": True,  # otherwise `read_manifest` raised
         "vendor_key_id": signed.vendor.key_id.hex(),
         "vendor_trusted": trusted,
+        "is_adapter": m.is_adapter,
         "architecture": d.architecture,
         "quantization": d.quantization,
         "parameters": d.parameters,
@@ -76,13 +77,17 @@ def _print(about: dict[str, Any]) -> None:
     yes = {True: "yes", False: "no"}
     trust = "trusted" if about["vendor_trusted"] else "NOT TRUSTED on this device"
     sizes = ", ".join(f"{r['kind']} {human_bytes(r['length_bytes'])}" for r in about["regions"])
-    rows = {
-        "model": f"{about['model_id']} version {about['model_version']}",
-        "kind": f"{about['architecture']}, {about['quantization']}, {human_count(about['parameters'])} "
-        f"parameters, {about['layers']} layers",
+    adapter = about["is_adapter"]
+    kind = f"{about['architecture']}, {about['quantization']}, {human_count(about['parameters'])} parameters"
+    model = {
         "context": f"{about['context_tokens']} tokens",
         "chat template": yes[about["has_chat_template"]],
         "tied output": yes[about["tied_output"]],
+    }
+    rows = {
+        "model": f"{about['model_id']} version {about['model_version']}",
+        "kind": f"LoRA adapter for {kind}" if adapter else f"{kind}, {about['layers']} layers",
+        **({} if adapter else model),
         "signature": f"valid, by vendor {about['vendor_key_id']}",
         "vendor": trust,
         "sealed at": about["sealed_at"],
