@@ -125,6 +125,13 @@ def _paths(text: str) -> tuple[Path, Path | None]:
     show_default=True,
     help="Take memory back when the machine runs short of it, and give it when there is plenty (docs/memory.md).",
 )
+@click.option(
+    "--lazy/--no-lazy",
+    default=True,
+    show_default=True,
+    help="Hand idle weights to the kernel, which may then take them without a call. Until it does they stay readable "
+    "to root (docs/threat-model.md).",
+)
 @no_copy_option
 @world_options
 @admin_socket_option
@@ -141,6 +148,7 @@ def command(
     user: str | None,
     session_dir: Path | None,
     memory_manager: bool,
+    lazy: bool,
     no_copy: bool,
     world_name: str,
     threads: int | None,
@@ -161,7 +169,7 @@ def command(
     api_key = None if api_key_file is None else read_api_key(api_key_file)
     world = make_world(
         world_name,
-        WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file, session_dir),
+        WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file, session_dir, lazy),
     )
     leave_root = _two_users(world, user)
 

@@ -24,6 +24,7 @@ class WorldOptions:
     context_tokens: int | None = None
     passphrase_file: Path | None = None
     session_dir: Path | None = None  # None: conversations are not saved
+    lazy: bool = True  # hand idle weights to the kernel lazily
 
 
 def make_world(name: str, options: WorldOptions) -> World:
@@ -40,6 +41,7 @@ def make_world(name: str, options: WorldOptions) -> World:
             context_tokens=options.context_tokens,
             passphrase_file=options.passphrase_file,
             session_dir=options.session_dir,
+            lazy=options.lazy,
         )
     if name == "fake":
         from ..engine.fake import FakeEngine, SystemClock

@@ -53,6 +53,7 @@ class Configure(_Message):
     )
     settings: Settings | None = None  # the Framework's; None: the usual, its limits by this machine's memory
     saves: bool = False  # there is a storage for sessions
+    lazy: bool = True  # idle weights are handed to the kernel, unless the Framework's settings say otherwise
 
 
 class AdapterUse(msgspec.Struct, forbid_unknown_fields=True, array_like=True):

@@ -45,7 +45,7 @@ def framework_settings(configure: Configure, *, on_demand: bool) -> Settings:
         )
     if configure.session_bytes is not None:
         settings = dataclasses.replace(settings, session_limit_bytes=configure.session_bytes)
-    return dataclasses.replace(settings, saves=configure.saves, lazy=settings.lazy and on_demand)
+    return dataclasses.replace(settings, saves=configure.saves, lazy=settings.lazy and configure.lazy and on_demand)
 
 
 def trusted_vendors(configure: Configure) -> Collection[VendorPublicKey]:

@@ -101,11 +101,13 @@ class LinuxWorld:
         session_dir: Path | None = None,
         session_bytes: int | None = None,
         settings: Settings | None = None,
+        lazy: bool = True,
     ) -> None:
         """`device_key`: a path, or `credential:NAME`. `vendor_pub` replaces the trust store. `session_dir`: where
         conversations are saved, encrypted; None: nowhere. `session_bytes`: of memory for them; 0: keep none.
 
-        `settings`: the Framework's; None: the usual, half of this machine's memory as budget.
+        `settings`: the Framework's; None: the usual, half of this machine's memory as budget. `lazy` off: idle
+        weights are never handed to the kernel, whatever `settings` say.
         `on_demand` off: no userfaultfd, models load fully before they compute. `hardened` off is for the
         tests that show what hardening is worth.
         """
@@ -123,6 +125,7 @@ class LinuxWorld:
             session_bytes=session_bytes,
             settings=settings,
             saves=session_dir is not None,
+            lazy=lazy,
         )
         self._lock = threading.Condition()
         self._registering = threading.Lock()
