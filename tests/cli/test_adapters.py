@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_an_adapter_is_sealed_licensed_and_used_like_a_model(sealed: Shell, tiny
     assert "authentic" in sealed.ok("verify a.flex --license a.lic --device-key device.key")
     run = "run m.flex --device-key device.key --raw --temperature 0 --max-tokens 12 --threads 1 --json hello"
     answers = [
-        sealed.json(f"{run} {more}")["token_ids"]
+        json.loads(sealed.ok(f"{run} {more}"))["token_ids"]
         for more in (
             "",
             "--adapter a.flex",
