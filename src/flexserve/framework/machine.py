@@ -175,7 +175,8 @@ def _deadline(records: Records) -> None:
 def _finish_recalls(records: Records) -> None:
     freed, nothing_leaves = records.ledger.freed, not records.ledger.leaving
     for recall in list(records.recalls):
-        if freed >= recall.goal or nothing_leaves:
+        kv_is_back = records.ledger.freed_kv >= recall.kv_goal or not records.ledger.leaving_kv
+        if (freed >= recall.goal and kv_is_back) or nothing_leaves:
             records.recalls.remove(recall)
             got = max(min(freed, recall.goal) - recall.started, 0)
             records.do(FinishRecall(recall.call, got), Why.GIVEN_BACK, chosen=recall.goal - recall.started)
@@ -452,7 +453,8 @@ def _pressure_recall(records: Records, event: ev.PressureRecall) -> None:
         budget=records.budget,
     )
     started = ledger.freed + leaving
-    records.recalls.append(RecallRecord(event.call, started, started + chosen))
+    kv_goal = ledger.freed_kv + ledger.leaving_kv
+    records.recalls.append(RecallRecord(event.call, started, started + chosen, kv_goal))
 
 
 def _offer(records: Records, event: ev.Offer) -> None:

@@ -92,11 +92,13 @@ class RequestRecord:
 
 @dataclass
 class RecallRecord:
-    """A recall that is not finished: done when `Ledger.freed` reaches the goal."""
+    """A recall that is not finished: done when `Ledger.freed` reaches the goal, and `freed_kv` its own: weights that
+    compute brings back meanwhile are taken again, and would count for sessions that are still to be saved."""
 
     call: int
     started: int
     goal: int
+    kv_goal: int
 
 
 class Records:
@@ -221,6 +223,7 @@ class Records:
             self.in_memory.pop(session.name, None)
             if old in SESSION_LEAVING:
                 self.ledger.freed += session.nbytes
+                self.ledger.freed_kv += session.nbytes
         if session.state == SessionState.GONE:
             self.sessions.pop(session.name, None)
         else:
@@ -246,6 +249,7 @@ class Records:
             self.ledger.loading += amount
         if state in SESSION_LEAVING or (state == SessionState.SAVING and session.goes):
             self.ledger.leaving += amount
+            self.ledger.leaving_kv += amount
         if state == SessionState.STORED:
             self.stored_bytes += amount
 

@@ -51,6 +51,8 @@ class Ledger:
     loading: int = 0  # of it: room taken by weights on their way and sessions being restored
     leaving: int = 0  # of it: chosen to go
     freed: int = 0  # given back since the start
+    leaving_kv: int = 0  # of what leaves: sessions, which may have to be saved first
+    freed_kv: int = 0  # of what was given back: sessions
 
 
 class Weights:
