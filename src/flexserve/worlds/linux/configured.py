@@ -31,21 +31,20 @@ def device_key(configure: Configure) -> DeviceKey:
 
 
 def framework_settings(configure: Configure, *, on_demand: bool) -> Settings:
-    """The Framework's. Without other wishes the secure world may have half of the machine's memory, and three quarters
-    where the normal world offers so much."""
+    """The Framework's. Without other wishes the secure world may have three quarters of the machine's memory: a normal
+    world that watches memory takes back what is too much."""
     settings = configure.settings
     if settings is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
         usual = Settings()
         settings = dataclasses.replace(
-            usual,
-            budget_bytes=memory // 2,
-            cap_bytes=memory * 3 // 4,
-            floor_bytes=min(usual.floor_bytes, memory // 8),
+            usual, budget_bytes=memory, cap_bytes=memory, floor_bytes=min(usual.floor_bytes, memory)
         )
     if configure.session_bytes is not None:
         settings = dataclasses.replace(settings, session_limit_bytes=configure.session_bytes)
-    return dataclasses.replace(settings, saves=configure.saves, lazy=settings.lazy and configure.lazy and on_demand)
+    return dataclasses.replace(
+        settings, saves=configure.saves, lazy=settings.lazy and configure.lazy and on_demand
+    )
 
 
 def trusted_vendors(configure: Configure) -> Collection[VendorPublicKey]:

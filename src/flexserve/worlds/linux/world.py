@@ -106,8 +106,8 @@ class LinuxWorld:
         """`device_key`: a path, or `credential:NAME`. `vendor_pub` replaces the trust store. `session_dir`: where
         conversations are saved, encrypted; None: nowhere. `session_bytes`: of memory for them; 0: keep none.
 
-        `settings`: the Framework's; None: the usual, half of this machine's memory as budget. `lazy` off: idle
-        weights are never handed to the kernel, whatever `settings` say.
+        `settings`: the Framework's; None: the usual, with three quarters of this machine's memory as budget.
+        `lazy` off: idle weights are never handed to the kernel, whatever `settings` say.
         `on_demand` off: no userfaultfd, models load fully before they compute. `hardened` off is for the
         tests that show what hardening is worth.
         """
