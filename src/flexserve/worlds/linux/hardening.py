@@ -24,9 +24,7 @@ from .channel import Measures
 
 # A compute thread per core, each staying where it is: they wait for each other hundreds of times per token, and a
 # scheduler that puts two of them on one core (virtual machines that pack their processors) makes them 3 times slower.
-# While one waits for a page that is being loaded the other would spin for milliseconds, which the loader needs:
-# 10,000 turns, a tenth of a millisecond, is longer than they wait for each other otherwise.
-COMPUTE_THREADS = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "GOMP_SPINCOUNT": "10000"}
+COMPUTE_THREADS = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
