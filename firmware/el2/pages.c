@@ -230,7 +230,8 @@ static inline void do_plain(struct monitor *m, struct page_op *op, u32 phase, u6
         flush_each(m);
         break;
     case MAKE:
-        stage2_make(m, block);
+        if (__builtin_expect(m->broken, 0))
+            stage2_make(m, block);
         set(m, page, ENTRY_FLEX);
         break;
     case MAP:
@@ -366,6 +367,8 @@ const char *pages_wrong(const struct monitor *m) {
     u64 flex = 0, claimed = 0;
     if (m->lock)
         return "the lock is held";
+    if (m->broken)
+        return "a block waits for its table";
     for (u64 block = 0; block < DRAM_BLOCKS; block++) {
         u64 guarded = 0;
         for (u64 page = block * BLOCK_PAGES; page < (block + 1) * BLOCK_PAGES; page++) {

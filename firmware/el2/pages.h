@@ -40,9 +40,10 @@ struct monitor {
     u32 ticket;
     u64 wanted;
     u64 flex, claimed, flushes;
-    u8 entry[DRAM_PAGES];
+    u64 broken;               /* blocks that are FORM_BROKEN */
     u16 guarded[DRAM_BLOCKS]; /* pages of the block that are not UNPROTECTED */
-    u8 form[DRAM_BLOCKS];
+    u8 form[DRAM_BLOCKS];     /* near the start, like `guarded`: one instruction less for each page */
+    u8 entry[DRAM_PAGES];
     struct stage2 stage2;
 };
 

@@ -60,6 +60,7 @@ static void link_table(struct monitor *m, u64 block) {
 void stage2_split(struct monitor *m, u64 block) {
     m->stage2.dram[block] = 0;
     m->form[block] = FORM_BROKEN;
+    m->broken++;
 }
 
 void stage2_break_block(struct monitor *m, u64 block) {
@@ -69,7 +70,10 @@ void stage2_break_block(struct monitor *m, u64 block) {
     m->form[block] = FORM_NONE;
 }
 
-void stage2_link(struct monitor *m, u64 block) { link_table(m, block); }
+void stage2_link(struct monitor *m, u64 block) {
+    link_table(m, block);
+    m->broken--;
+}
 
 void stage2_table(struct monitor *m, u64 block) {
     fill(m, block, false);

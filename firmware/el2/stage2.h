@@ -23,12 +23,15 @@ u64 stage2_walk(const struct stage2 *s, u64 address);
 /* What is done for each page of a list: here, so that it becomes part of the loop over it. */
 static inline u64 stage2_descriptor(u64 page) { return (DRAM_BASE + page * PAGE_SIZE) | STAGE2_MEMORY | 3; }
 
+/* The tables follow each other as the blocks do. */
+static inline u64 *stage2_entry(struct monitor *m, u64 page) { return (u64 *)m->stage2.pages + page; }
+
 static inline void stage2_break_page(struct monitor *m, u64 page) {
     if (!DEFENCE(D_UNMAP))
         return;
     if (__builtin_expect(m->form[page / BLOCK_PAGES] == FORM_BLOCK, 0))
         stage2_split(m, page / BLOCK_PAGES);
-    m->stage2.pages[page / BLOCK_PAGES][page % BLOCK_PAGES] = 0;
+    *stage2_entry(m, page) = 0;
 }
 
 /* After the flush: link the table of a broken block. */
@@ -53,6 +56,6 @@ static inline void stage2_map_page(struct monitor *m, u64 page) {
             return; /* only in a control that left it mapped */
         stage2_table(m, page / BLOCK_PAGES);
     }
-    m->stage2.pages[page / BLOCK_PAGES][page % BLOCK_PAGES] = stage2_descriptor(page);
+    *stage2_entry(m, page) = stage2_descriptor(page);
 }
 #endif

@@ -50,6 +50,7 @@ static void load(const struct state *s) {
     monitor.ticket = 1;
     monitor.wanted = 100;
     monitor.flex = monitor.claimed = 1000;
+    monitor.broken = (s->form[0] == FORM_BROKEN) + (s->form[1] == FORM_BROKEN);
     for (u64 b = 0; b < 2; b++) {
         monitor.form[b] = s->form[b];
         monitor.guarded[b] = 0;

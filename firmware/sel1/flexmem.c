@@ -10,8 +10,9 @@ static u64 pages_of(const u64 *items, u64 count) {
 }
 
 static void given(struct flexmem *f, u64 count) {
-    flexmem_map(flexmem_mailbox, count);
-    memcpy(f->holding + f->held, flexmem_mailbox, count * sizeof(u64));
+    u64 *const items = f->holding + f->held;
+    memcpy(items, flexmem_mailbox, count * sizeof(u64)); /* and nothing but our copy is used from here on */
+    flexmem_map(items, count);
     f->held += (u32)count;
 }
 

@@ -1,4 +1,4 @@
-"""The Flex-Mem manager under Debian's own kernel: it gives, takes back, and yields to pressure; nothing is lost or left."""
+"""The Flex-Mem manager under Debian's own kernel: it gives, takes back, and yields when memory is short."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ DEVICES = (
     *("-device", f"virtio-blk-pci,drive=disk,{BEHIND_SMMU}", "-device", f"virtio-rng-pci,{BEHIND_SMMU}"),
 )
 SIGBUS = 128 + 7  # as a shell tells that a signal ended a program
+ENDED = {0: True, 1: False, SIGBUS: False}  # anything else: the attack could not be tried
 BOOT_S = 300.0  # a busy host is slow
 ATTACK_S = 300.0
 
@@ -47,7 +48,7 @@ class Attack:
     off: tuple[str, ...] = ()
     command: str = ""  # of Linux's root: the manager or a busybox applet, with arguments
     twin: str = ""
-    stops: bool = False  # without its defence EL3 stops
+    stops: bool = False  # without its defence EL3 stops; of Linux's root: the attack ends the machine
 
     @property
     def control(self) -> str:
@@ -114,7 +115,10 @@ def run(chosen: list[Attack], progress: Callable[[Row], None] | None = None) -> 
     real = _against(release.flash, [(a.id, "real") for a in chosen if a.attacker == "kernel"])
     twins = [(a.id, "twin") for a in chosen if a.control == "unprotected_twin" and a.attacker == "kernel"]
     twin = _against(release.flash, twins)
-    under_linux = _under_linux([attack for attack in chosen if attack.command])
+    under_linux = _under_linux([attack for attack in chosen if attack.command and not attack.stops])
+    for attack in chosen:
+        if attack.command and attack.stops:
+            under_linux |= _under_linux([attack], HOW[:1]) | _under_linux([attack], HOW[1:])
     rows = []
     for attack in chosen:
         if attack.attacker == "storage":
@@ -192,11 +196,9 @@ def _one(machine: Machine, name: str, how: str) -> Seen:
             return Seen(result == "achieved", f"{text} ({value})")
 
 
-def _under_linux(chosen: list[Attack]) -> dict[tuple[str, str], Seen]:
+def _under_linux(chosen: list[Attack], hows: tuple[str, ...] = HOW) -> dict[tuple[str, str], Seen]:
     """Attacks of Linux's root, one after the other in one boot; each must leave the kernel alive to tell of it."""
-    every = [
-        (one.id, how, getattr(one, {"real": "command", "twin": "twin"}[how])) for one in chosen for how in HOW
-    ]
+    every = [(one.id, how, one.command if how == "real" else one.twin) for one in chosen for how in hows]
     seen = {(name, how): Seen(None, "Linux ended before") for name, how, _ in every}
     if not chosen:
         return seen
@@ -205,15 +207,16 @@ def _under_linux(chosen: list[Attack]) -> dict[tuple[str, str], Seen]:
     except NotFound as error:
         return dict.fromkeys(seen, Seen(None, f"{error.message}: {error.hint}"))
     script = "".join(
-        f'got=$({_program(command)} 2>&1); echo "row {name} {how} $? $got"\n' for name, how, command in every
+        f'got=$({_program(command)} 2>&1); code=$?; echo; echo "row {name} {how} $code $got"\n'
+        for name, how, command in every
     )
     with linux.boot(debian, script) as machine:
         try:
             machine.wait_for(linux.GREETING, BOOT_S)
             for _ in every:
                 _, name, how, status, *text = machine.wait_for("row ", ATTACK_S).split(" ")
-                said = "SIGBUS" if status == str(SIGBUS) else f"exit code {status}"
-                seen[name, how] = Seen(status == "0", " ".join([said, *text]).strip())
+                said = "SIGBUS" if int(status) == SIGBUS else f"exit code {status}"
+                seen[name, how] = Seen(ENDED.get(int(status)), " ".join([said, *text]).strip())
         except Hung as error:
             return {key: Seen(None, error.message) if s.achieved is None else s for key, s in seen.items()}
     return seen
