@@ -7,10 +7,13 @@ the prompt. Knows a running world that keeps no conversations; prints nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..errors import EngineFailure
 from . import machine
-from .sides import EVERYTHING, Sample, SealedWorld
+from .sides import Sample, SealedWorld
 
+WARM_TRIES = 4
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -32,9 +35,11 @@ def start(world: SealedWorld, token_ids: list[int], fraction: float, *, in_page_
     model = world.world.status().models[0]
     surplus = model.resident_bytes - round(fraction * model.info.weight_bytes)
     for path in world.files:
-        (machine.warm if in_page_cache else machine.evict)(path)
-    if surplus > 0:
-        world.world.recall(EVERYTHING if fraction == 0 else surplus).wait()
+        (_warm if in_page_cache else machine.evict)(path)
+    if fraction == 0:
+        world.empty()
+    elif surplus > 0:
+        world.world.recall(surplus).wait()
     resident = world.world.status().models[0].resident_bytes
     if not in_page_cache:
         for path in world.files:
@@ -48,8 +53,19 @@ def refill_bytes_per_s(world: SealedWorld, token_ids: list[int]) -> float:
     `token_ids`: one token, so that there is little to compute and everything to load.
     """
     for path in world.files:
-        machine.warm(path)
+        _warm(path)
     world.empty()
     sample = world.ask(token_ids)
     assert sample.compute_s is not None
     return sample.read_bytes / max(sample.cpu_s - sample.compute_s, 1e-9)
+
+
+def _warm(path: Path) -> None:
+    """As `machine.warm`, again where the kernel has just taken back more than it allows (proactive reclaim)."""
+    for _ in range(WARM_TRIES - 1):
+        try:
+            machine.warm(path)
+            return
+        except EngineFailure:
+            continue
+    machine.warm(path)

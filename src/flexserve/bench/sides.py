@@ -27,6 +27,7 @@ from .files import MODEL_NAME, BenchModel
 from .plain import Job, PlainProcess
 
 EVERYTHING = 1 << 60  # bytes, of a recall
+FLOOR_BYTES = 64 << 20  # as the Framework's usual floor
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ class SealedWorld:
         them there; None: every prompt is computed from its first token. `lazy`: idle weights are handed to the kernel,
         as they are where nothing is measured."""
         self.model, self.settings, self.layout = model, settings, layout
+        # With no memory at all an answer that has begun could not reach the end of its token.
+        self.floor_bytes = min(FLOOR_BYTES, model.weight_bytes // 8)
         self._numbers = itertools.count()
         self._computing: frozenset[int] = frozenset()
         self.world = LinuxWorld(
@@ -193,7 +196,9 @@ class SealedWorld:
             hardened=hardened,
             session_dir=session_dir,
             session_bytes=0 if session_dir is None else None,
-            settings=Framework(budget_bytes=EVERYTHING, cap_bytes=EVERYTHING, floor_bytes=0, lazy=lazy),
+            settings=Framework(
+                budget_bytes=EVERYTHING, cap_bytes=EVERYTHING, floor_bytes=self.floor_bytes, lazy=lazy
+            ),
         )
         try:
             self.world.start()
@@ -240,10 +245,12 @@ class SealedWorld:
         """Let the world hold as much as it wants: a recall has lowered its budget."""
         if self.world.status().budget is not None:
             self.world.recall(0).wait()  # so that nothing is loaded in the background for a while
-            self.world.budget(EVERYTHING, EVERYTHING, 0)
+            self.world.budget(EVERYTHING, EVERYTHING, self.floor_bytes)
 
     def empty(self) -> None:
         """No segment resident, and no budget for one until the next answer. Raises `EngineFailure` when one stays."""
+        if self.world.status().budget is not None:
+            self.world.budget(floor_bytes=0)
         self.world.recall(EVERYTHING).wait()
         if self.world.status().models[0].resident_bytes:
             raise EngineFailure("weights stay resident after a recall")
