@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from flexserve.errors import (
     ContextOverflow,
     EngineFailure,
     FlexServeError,
+    InvalidRequest,
     ModelNotFound,
     WorldCrashed,
 )
@@ -309,6 +311,78 @@ def test_a_recall_during_an_answer_never_changes_it(ready: Subject) -> None:
             ready.world.recall(1 << 40).wait(60)
     else:
         raise AssertionError("no end")
+
+
+# Budget, offers, trace
+
+
+def test_a_recall_lowers_the_budget_and_an_offer_raises_it_up_to_the_cap(ready: Subject) -> None:
+    finish(ask(ready))
+    start = ready.world.budget()
+    assert start.floor_bytes <= start.soft_bytes <= start.hard_bytes
+    assert start.held_bytes > 0
+    freed = ready.world.recall(1 << 40).wait(60).freed_bytes
+    assert freed > 0
+    lowered = ready.world.budget()
+    assert start.floor_bytes <= lowered.soft_bytes <= max(start.held_bytes - freed, start.floor_bytes)
+    ready.world.offer(1 << 20)
+    assert ready.world.budget().soft_bytes == lowered.soft_bytes + (1 << 20)
+    ready.world.offer(1 << 50)
+    assert ready.world.budget().soft_bytes == start.hard_bytes
+
+
+def test_limits_are_set_one_by_one_and_stay_in_order(ready: Subject) -> None:
+    before = ready.world.budget()
+    raised = ready.world.budget(floor_bytes=before.soft_bytes + 4096)
+    assert (raised.soft_bytes, raised.floor_bytes) == (before.soft_bytes + 4096, before.soft_bytes + 4096)
+    assert raised.hard_bytes == before.hard_bytes
+    capped = ready.world.budget(hard_bytes=3 << 20, floor_bytes=0)
+    assert (capped.soft_bytes, capped.hard_bytes, capped.floor_bytes) == (3 << 20, 3 << 20, 0)
+    assert ready.world.budget(soft_bytes=2 << 20).soft_bytes == 2 << 20
+    status = ready.world.status().budget
+    assert status is not None
+    assert status.soft_bytes == 2 << 20
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda world: world.recall(-1),
+        lambda world: world.offer(-1),
+        lambda world: world.budget(soft_bytes=-1),
+        lambda world: world.budget(floor_bytes=2, hard_bytes=1),
+    ],
+    ids=["recall", "offer", "budget", "floor above cap"],
+)
+def test_sizes_that_make_no_sense_are_refused_and_change_nothing(
+    ready: Subject, call: Callable[[World], object]
+) -> None:
+    before = ready.world.budget()
+    with pytest.raises(InvalidRequest):
+        call(ready.world)
+    assert ready.world.budget() == before
+
+
+def test_an_answer_within_a_small_budget_is_the_same(ready: Subject) -> None:
+    undisturbed = finish(ask(ready, max_tokens=60)).token_ids
+    ready.world.budget(soft_bytes=3 << 20)
+    assert finish(ask(ready, max_tokens=60)).token_ids == undisturbed
+    budget = ready.world.budget()
+    assert budget.held_bytes <= budget.soft_bytes + (4 << 20)  # a segment for each loader
+
+
+def test_the_trace_has_every_recall_and_can_be_continued(ready: Subject) -> None:
+    ready.world.recall(4096).wait(60)
+    lines = [json.loads(line) for line in ready.world.trace()]
+    assert [line["n"] for line in lines] == sorted(line["n"] for line in lines)
+    (recall,) = [line for line in lines if line.get("event", {}).get("type") == "PressureRecall"]
+    assert recall["event"]["nbytes"] == 4096
+    last = lines[-1]["n"]
+    assert ready.world.trace(last) == []
+    ready.world.offer(1)
+    ready.world.budget()
+    assert all(json.loads(line)["n"] > last for line in ready.world.trace(last))
+    assert ready.world.trace(last)
 
 
 # Crashes and the end

@@ -116,6 +116,16 @@ class Runner:
                 if not self._events:
                     return
 
+    def settle(self) -> None:
+        """Until everything that was posted before is decided. Not for a thread that carries effects out."""
+        try:
+            with self._running:
+                self._carry_out_all()
+        except BaseException:
+            self._outside.fails()
+            raise
+        self._run()  # for whoever posted meanwhile, and saw somebody at it
+
     def _carry_out_all(self) -> None:
         while True:
             with self._lock:

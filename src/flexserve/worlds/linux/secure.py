@@ -181,13 +181,16 @@ class SecureWorld(Outside):
             case SetBudget(call):
                 self._set_budget(message)
             case Trace(call, after):
+                self._runner.settle()
                 self._tell(Traced(call, self._runner.trace(after)))
             case Status(call):
+                self._runner.settle()
                 self._tell(Reported(call, self._status()))
             case Configure():
                 raise ChannelBroken("the secure world is configured once")
 
     def _set_budget(self, message: SetBudget) -> None:
+        self._runner.settle()
         now = self._runner.budget()
         hard = now.hard_bytes if message.hard_bytes is None else message.hard_bytes
         floor = now.floor_bytes if message.floor_bytes is None else message.floor_bytes
@@ -199,6 +202,7 @@ class SecureWorld(Outside):
             return
         if (message.soft_bytes, message.hard_bytes, message.floor_bytes) != (None, None, None):
             self._runner.post(ev.BudgetSet(message.soft_bytes, message.hard_bytes, message.floor_bytes))
+            self._runner.settle()
         self._tell(BudgetReported(message.call, self._runner.budget()))
 
     def _status(self) -> WorldStatus:
