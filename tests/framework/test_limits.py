@@ -1,0 +1,98 @@
+"""Stories about limits that are set while it runs, and about sessions without a storage or beyond their share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flexserve.framework import effects as ef
+from flexserve.framework import events as ev
+from flexserve.framework.effects import Why
+from flexserve.framework.tables import Impossible
+
+from .test_stories import MIB, SETTINGS, answer, effects, resident, world
+
+
+def test_limits_move_the_budget_between_them() -> None:
+    made = world(models="a")
+    answer(made, "r", "a")
+    made.post(ev.BudgetSet(cap_bytes=60 * MIB))
+    made.drain()
+    made.check()
+    assert made.framework.view().budget == 60 * MIB
+    made.post(ev.Offer(500 * MIB))
+    assert made.framework.view().budget == 60 * MIB
+    made.post(ev.BudgetSet(cap_bytes=200 * MIB, floor_bytes=80 * MIB))
+    view = made.framework.view()
+    assert (view.budget, view.floor, view.cap) == (80 * MIB, 80 * MIB, 200 * MIB)
+    made.post(ev.PressureRecall(1, 1000 * MIB))
+    assert made.framework.view().budget == 80 * MIB
+    with pytest.raises(Impossible):
+        made.post(ev.BudgetSet(floor_bytes=300 * MIB))
+
+
+def test_without_a_storage_idle_kv_is_given_up_and_nothing_is_saved() -> None:
+    made = world(replace(SETTINGS, saves=False, floor_bytes=0), models="a")
+    answer(made, "r", "a")
+    made.now += 100
+    made.post(ev.Tick())
+    made.post(ev.PressureRecall(1, 1000 * MIB))
+    made.drain()
+    made.check()
+    assert not effects(made, ef.SaveSession)
+    assert made.framework.view().held == 0
+    assert resident(made) == {"a": 0}
+
+
+def test_idle_sessions_beyond_their_share_are_saved_and_dropped() -> None:
+    made = world(replace(SETTINGS, session_limit_bytes=250_000), models="a")
+    for number in range(4):
+        answer(made, f"r{number}", "a")
+    made.drain()
+    view = made.framework.view()
+    assert view.models[0].session_bytes <= 250_000
+    assert view.sessions_stored >= 1
+    dropped = [d.effect.session for d in effects(made, ef.DropSession)]
+    assert dropped[0] == "a/r0", "the longest idle one goes first"
+
+
+def test_there_are_never_more_sessions_than_there_may_be() -> None:
+    made = world(replace(SETTINGS, session_limit=3), models="a")
+    for number in range(8):
+        answer(made, f"r{number}", "a")
+        made.post(ev.Tick())
+        made.drain()
+    for _ in range(4):
+        made.post(ev.Tick())
+        made.drain()
+    view = made.framework.view()
+    assert view.models[0].sessions + view.sessions_stored <= 3
+    made.check()
+
+
+def test_a_model_that_is_registered_again_finds_its_saved_sessions() -> None:
+    made = world(models="a")
+    answer(made, "r", "a")
+    made.post(ev.ModelRemoved("a"))
+    made.drain()
+    assert "a" not in made.images
+    assert made.framework.view().sessions_stored == 0, "nobody's, until somebody says whose"
+    assert not effects(made, ef.ForgetSession), "its files stay"
+    made.register("a", made.log[0][1].parts, 1000)  # type: ignore[union-attr]
+    made.post(ev.SessionFound("a/again", "a", 100))
+    assert made.framework.view().sessions_stored == 1
+
+
+def test_a_recall_is_over_when_its_sessions_are_back_whatever_weights_come_and_go() -> None:
+    made = world(replace(SETTINGS, floor_bytes=0), models="a")
+    answer(made, "r", "a", session="a/s")
+    made.post(ev.PressureRecall(7, 1000 * MIB))
+    made.run("arena a")
+    for index in range(100):  # more than the session: compute brings weights back, and they are taken again
+        made.place("a", index)
+        made.run("arena a")
+    assert not effects(made, ef.FinishRecall)
+    made.drain()
+    (finished,) = effects(made, ef.FinishRecall)
+    assert finished.why == Why.GIVEN_BACK
