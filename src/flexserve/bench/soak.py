@@ -221,6 +221,12 @@ class _Storm(_Worker):
             kinds += [self._offer] * 4 + [self._budget] * 2 + [self._plenty] * 2
         self._kinds = kinds
 
+    def run(self) -> None:
+        """Leaves enough memory behind: whoever still waits for some shall get it and end."""
+        super().run()
+        if self._has_budget:
+            self._plenty()
+
     def turn(self) -> None:
         self._rng.choice(self._kinds)()
         if self._has_budget:
