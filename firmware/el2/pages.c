@@ -95,7 +95,7 @@ static s64 check_list(struct monitor *m, struct page_op *op) {
 /* Single pages in the state they should be in, from the list's start: how many there are. Most lists are nothing else. */
 static inline u64 move_plain(struct monitor *m, const u64 *items, u64 count, u8 from, u8 to, int guarded) {
     u64 i;
-    for (i = 0; i < count; i++) {
+    _Pragma("GCC unroll 4") for (i = 0; i < count; i++) {
         const u64 page = plain_page(items[i]);
         if (__builtin_expect(page >= DRAM_PAGES || get(m, page) != from, 0))
             break;
@@ -250,7 +250,7 @@ static void do_items(struct monitor *m, struct page_op *op, u64 end) {
     u64 *const items = op->items, first = op->next;
 #define EACH(phase)                                                \
     case phase:                                                    \
-        for (u64 i = first; i < end; i++) {                        \
+        _Pragma("GCC unroll 4") for (u64 i = first; i < end; i++) { \
             const u64 item = read_again(op, items, i);             \
             const u64 page = plain_page(item);                     \
             if (__builtin_expect(page < DRAM_PAGES, 1))            \

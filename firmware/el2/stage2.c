@@ -29,8 +29,9 @@ void stage2_init(struct stage2 *s) {
     s->uart_page[0] = UART_BASE | DEVICE_MEMORY | PAGE;
     for (u64 at = PCI_BASE; at < DRAM_BASE; at += BLOCK_SIZE) /* behind the SMMU */
         s->devices[at / BLOCK_SIZE] = at | DEVICE_MEMORY | BLOCK;
-    for (u64 page = 0; page < DRAM_PAGES; page++)
-        s->pages[page / BLOCK_PAGES][page % BLOCK_PAGES] = stage2_descriptor(page);
+    u64 *const entries = s->pages[0]; /* the tables follow each other as the blocks do */
+    _Pragma("GCC unroll 8") for (u64 page = 0; page < DRAM_PAGES; page++)
+        entries[page] = stage2_descriptor(page);
     for (u64 block = 0; block < DRAM_BLOCKS; block++)
         s->dram[block] = (DRAM_BASE + block * BLOCK_SIZE) | NORMAL_MEMORY | BLOCK;
     s->l1[0] = table_at(s->devices);

@@ -41,7 +41,7 @@ static void build_map(void) {
 static inline void set_entries(const u64 *items, u64 count, bool valid) {
     const u64 bits = DATA | S1_NORMAL_WORLD | S1_PAGE;
     u64 *const entries = flex[0];
-    for (u64 i = 0; i < count; i++) {
+    _Pragma("GCC unroll 4") for (u64 i = 0; i < count; i++) {
         const u64 item = items[i], first = (item - DRAM_BASE) / PAGE_SIZE;
         entries[first] = valid ? item | bits : 0; /* of a block this is bit 0, too */
         if (__builtin_expect(item & ABI_ITEM_BLOCK, 0))
