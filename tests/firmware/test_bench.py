@@ -22,6 +22,7 @@ TIMED = {
     "workload_on": [105, 210, 400],
     "workload_off": [100, 200, 300],
 }
+TICK = 16  # instructions between two ticks of the machine's clock
 SLOW = {"protect": [90_000_000], "recall": [90_000_000]}
 COUNTED = {"hvc_10000": [1_080_000]}
 
@@ -81,8 +82,9 @@ def test_the_batch_switch_is_no_defence_and_only_in_a_control_build() -> None:
 @needs_tools
 def test_a_call_takes_no_more_instructions_than_promised() -> None:
     counted = bench.measure(firmware.build().flash, ["calls"], bench.ICOUNT)
-    assert counted["hvc_10000"] == [counted["hvc_10000"][0]] * 3, "instruction counts repeat"
-    assert counted["hvc_10000"][0] / 10_000 <= 150
+    rounds = counted["hvc_10000"]
+    assert max(rounds) - min(rounds) <= 4 * TICK, "instruction counts repeat, but for the clock's ticks"
+    assert max(rounds) / 10_000 <= 150
 
 
 @pytest.mark.slow
