@@ -84,9 +84,13 @@ def check_inside(manifest: Manifest, meta: bytes) -> GGUFHeader:
 
 
 def check_adapter_inside(manifest: Manifest, meta: bytes) -> GGUFHeader:
-    """The same of an adapter."""
+    """The same of an adapter. Raises `ModelMalformed`, `ModelUnsupported`."""
     header = parse_header(meta, manifest.gguf_bytes)
     if not is_adapter(header):
+        if manifest.is_adapter:
+            raise ModelMalformed(
+                "neither a model, which has an embedding, nor an adapter, which says that it is one"
+            )
         raise ModelUnsupported("this is no adapter: key 'general.type' says nothing of one")
     check_adapter(header)
     _check_places(manifest, meta, header, plan_adapter(header))
