@@ -181,13 +181,17 @@ def resident_bytes() -> int:
 
 
 def test_a_dropped_sessions_memory_returns_to_the_system(store: SessionStore) -> None:
-    size = 64 << 20
-    before = resident_bytes()
-    store.keep(HERE, tokens_of(range(40), [40]), blob(size))
-    assert resident_bytes() - before > 0.9 * size
-    assert store.recall(1, saved=False) == size
-    gc.collect()
-    assert resident_bytes() - before < 0.1 * size
+    size, kept = 64 << 20, []
+    for _ in range(5):  # what else this process does meanwhile takes and gives memory, but not each time
+        before = resident_bytes()
+        store.keep(HERE, tokens_of(range(40), [40]), blob(size))
+        taken = resident_bytes() - before
+        assert store.recall(1, saved=False) == size
+        gc.collect()
+        kept.append(resident_bytes() - before)
+        if taken > 0.9 * size and kept[-1] < 0.1 * size:
+            return
+    raise AssertionError(f"bytes that stayed: {kept}")
 
 
 def test_a_blob_is_zeroed_before_it_is_unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
