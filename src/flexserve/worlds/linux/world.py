@@ -26,7 +26,6 @@ from ...errors import (
 )
 from ...framework.settings import Settings
 from ...sealed import statefile
-from ...sealed.files import replacing
 from ...sealed.trust import default_trust_dir
 from ..base import RECALL_DEADLINE_S, ModelSource
 from .calls import CALL_TIMEOUT_S, Calls
@@ -41,20 +40,17 @@ from .channel import (
     Generate,
     Offer,
     OfferWanted,
-    Optimize,
-    Optimized,
     Ready,
     RecallAnswered,
     RecallBegan,
     RecallEnded,
-    Register,
-    Registered,
     Reported,
     SavesWanted,
     Status,
     Tokens,
 )
 from .generation import LinuxGeneration
+from .model_calls import ModelCalls
 from .process import SecureProcess
 from .recalling import LinuxRecalling, MemoryCalls, check_bytes
 from .session_storage import SessionKeeper
@@ -63,7 +59,6 @@ from .storage import Storage, given_away
 from .users import become
 
 _Answer = TypeVar("_Answer")
-_Licensed = TypeVar("_Licensed", Registered, Optimized)
 
 MAX_IN_FLIGHT = 64
 START_TIMEOUT_S = 120.0  # the passphrase of a key may have to be typed
@@ -144,6 +139,7 @@ class LinuxWorld:
         self._closing = False
         self._thread: threading.Thread | None = None
         self._storage = Storage()
+        self._models = ModelCalls(self._storage, self._state_path, self._call)
         self._state_directory: Path | None = None  # None: where this user keeps it
         self._starter: Starter | None = None
         self._keeper = (
@@ -314,17 +310,6 @@ class LinuxWorld:
 
         return self._calls.wait(number, kind, send, progress)
 
-    def _with_licence(
-        self, source: ModelSource, ask: Callable[[bytes, bytes | None], _Licensed]
-    ) -> _Licensed:
-        """What `ask` answers to the licence and the device's state; the answer brings the next state."""
-        licence = self._storage.read_licence(source.licence)
-        path = self._state_path()
-        with statefile.locked(path):
-            answer = ask(licence, statefile.load(path))
-            statefile.store(path, answer.state)
-        return answer
-
     def optimize(
         self, source: ModelSource, out: Path, progress: Callable[[int, int], None] | None = None
     ) -> DeviceCopyInfo:
@@ -333,53 +318,17 @@ class LinuxWorld:
         `progress` gets (bytes done, bytes in total) in this thread. Raises what `register` raises, `Usage` where
         there is nothing to repack, `StorageFailure`; then `out` is as it was.
         """
-        with replacing(out) as target:
-            descriptors = self._storage.open_sealed(source.sealed)
-            try:
-                answer = self._with_licence(
-                    source,
-                    lambda licence, state: self._call(
-                        Optimized,
-                        lambda call: Optimize(call, licence, state),
-                        (descriptors[0], target),
-                        progress=progress,
-                    ),
-                )
-            finally:
-                for fd in descriptors:
-                    os.close(fd)
-            os.fchmod(target, 0o600)
-        return answer.copy
+        return self._models.optimize(source, out, progress)
 
     def _register(self, source: ModelSource, process: SecureProcess) -> ModelInfo:
-        descriptors = self._storage.open_sealed(source.sealed)
-        copies = self._storage.open_copy(source)
-        adapters: list[int] = []
         try:
-            use = self._storage.open_adapter(source.adapter, adapters)
-            answer = self._with_licence(
-                source,
-                lambda licence, state: self._call(
-                    Registered,
-                    lambda call: Register(
-                        *(call, source.name, licence, state, len(descriptors)),
-                        None if copies is None else len(copies),
-                        use,
-                    ),
-                    (*descriptors, *(copies or ()), *adapters),
-                    process,
-                ),
-            )
+            return self._models.register(source, process)
         except _EndedDuringCall as error:
             if self._closing:
                 raise
             raise _EndedLoading(
                 f"the secure world ended while it loaded {source.sealed}: {error.message}"
             ) from error
-        finally:
-            for fd in (*descriptors, *(copies or ()), *adapters):
-                os.close(fd)
-        return answer.info
 
     def _cancel(self, request_id: str) -> None:
         with self._lock:
