@@ -35,6 +35,7 @@ class Saver:
         self._lock = threading.Lock()
         self._wanted: dict[str, int] = {}  # session -> version, in the order in which they were asked for
         self._stays: set[str] = set()  # KV that could not be taken out of its context
+        self._away: set[str] = set()  # KV of suspended requests that is in the store
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="storage", daemon=True).start()
 
@@ -51,7 +52,7 @@ class Saver:
     def save(self, session: str, version: int) -> None:
         """Save it as soon as its KV is in the store and there is a file for it."""
         known = self.store.of_id(session)
-        there = known is not None and known.memory is not None
+        there = known is not None and known.memory is not None and not self._in_context(session)
         with self._lock:
             impossible = not self._saves or session in self._stays
             if there or not impossible:
@@ -69,6 +70,7 @@ class Saver:
         """The KV of a suspended request is in the store now, or stays in its context."""
         if done:
             with self._lock:
+                self._away.add(session)
                 wanted = session in self._wanted
             if wanted:
                 self._tell()
@@ -81,6 +83,7 @@ class Saver:
         """Its request goes on, or has ended: what was to be saved is an older version."""
         with self._lock:
             self._stays.discard(session)
+            self._away.discard(session)
         self._fail(session)
 
     def cannot(self) -> None:
@@ -89,6 +92,12 @@ class Saver:
             wanted = list(self._wanted)
         for session in wanted:
             self._fail(session)
+
+    def _in_context(self, session: str) -> bool:
+        """Whether a request computes on it: what the store has under this id is an older version, or nothing."""
+        with self._lock:
+            away = session in self._away
+        return not away and self._runner.is_open(session)
 
     def _fail(self, session: str) -> None:
         version = self._take(session)
@@ -136,6 +145,8 @@ class Saver:
         if everything:
             candidates |= dict.fromkeys((s for s in self.store.in_memory() if s not in candidates), -1)
         for session, version in candidates.items():
+            if version >= 0 and self._in_context(session):
+                continue
             held = self.store.hold(session)
             if held is None:
                 continue
