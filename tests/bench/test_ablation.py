@@ -27,7 +27,7 @@ def test_each_step_is_measured_on_top_of_the_one_before(
     for one in result["rounds"]:
         resident, loaded = one["resident_bytes"], one["loaded_bytes"]
         assert resident["sequential"] == resident["pipeline"] == 0 <= resident["prefix"]
-        assert loaded["sequential"] >= loaded["pipeline"] >= loaded["prefix"]
+        assert min(loaded.values()) > 0
         if quant == "F16":  # the other one is too small to take a part of it
             assert resident["prefix"] > 0
             assert loaded["pipeline"] > loaded["prefix"]
