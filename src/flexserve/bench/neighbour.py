@@ -12,16 +12,15 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 
 from ..errors import EngineFailure
+from .child import Child
 
 KINDS = ("sqlite", "reader")
 BLOCK_BYTES = 64 << 10
@@ -29,50 +28,24 @@ ROW_BYTES = 512  # of an order, about
 CUSTOMERS_PER_ORDER = 20
 
 
-class Neighbour:
+class Neighbour(Child):
     """One application, from outside."""
 
     def __init__(self, kind: str, path: Path) -> None:
         """Raises `EngineFailure` when it does not start."""
+        super().__init__("flexserve.bench.neighbour", kind, str(path))
         self.kind = kind
-        self._popen = subprocess.Popen(
-            [sys.executable, "-m", "flexserve.bench.neighbour", kind, str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._popen.stdout is not None
-        if self._popen.stdout.readline() != "ready\n":
+        if self.listen() != "ready\n":
             self.close()
             raise EngineFailure(f"the neighbour {kind} did not start")
 
     def rate(self) -> float:
         """Queries or bytes per second since the last call. Raises `EngineFailure` when it has ended."""
-        assert self._popen.stdin is not None
-        assert self._popen.stdout is not None
         try:
-            self._popen.stdin.write("\n")
-            self._popen.stdin.flush()
-            count, seconds = self._popen.stdout.readline().split()
-        except (BrokenPipeError, ValueError):
+            count, seconds = self.ask("").split()
+        except ValueError:
             raise EngineFailure(f"the neighbour {self.kind} has ended") from None
         return int(count) / float(seconds)
-
-    def close(self) -> None:
-        """End it; may be called twice."""
-        for pipe in (self._popen.stdin, self._popen.stdout):
-            if pipe is not None and not pipe.closed:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue
-        self._popen.wait()
-
-    def __enter__(self) -> Neighbour:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
 
 
 def make_database(path: Path, nbytes: int) -> None:

@@ -1,0 +1,51 @@
+"""A child process that is asked by lines: one line in, one line out; it ends with its input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import TracebackType
+from typing import Self
+
+
+class Child:
+    """A module of ours that runs as `python -m MODULE ARGUMENTS`, from outside."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def listen(self) -> str:
+        """Its next line; empty when it has ended."""
+        assert self._popen.stdout is not None
+        return self._popen.stdout.readline()
+
+    def ask(self, line: str) -> str:
+        """Its answer to a line; empty when it has ended."""
+        assert self._popen.stdin is not None
+        try:
+            self._popen.stdin.write(f"{line}\n")
+            self._popen.stdin.flush()
+        except BrokenPipeError:
+            return ""
+        return self.listen()
+
+    def close(self) -> None:
+        """End it; may be called twice."""
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            if pipe is not None and not pipe.closed:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue
+        self._popen.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
