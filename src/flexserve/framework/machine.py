@@ -11,7 +11,7 @@ nothing more to do, always in the same order: within the budget, requests, their
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from . import background, loading, reclaim, requests
@@ -30,43 +30,10 @@ from .tables import (
     SessionState,
     SessionTrigger,
 )
+from .view import View, view_of
 from .weights import Weights
 
 _DECISIONS = (SegmentTrigger.LOAD, SegmentTrigger.CLAIM, SegmentTrigger.HAND)
-
-
-@dataclass(frozen=True)
-class ModelView:
-    """One model, as `flexserve ps` shows it. Sizes in bytes."""
-
-    model: str
-    state: str
-    size: int
-    resident: int  # firm and lazy
-    lazy: int
-    loading: int
-    prefix: int  # without a gap, from the beginning
-    budget: int  # of the best distribution
-    rate: float  # share of the last hour's invocations
-    streamed: int  # for every token; 0: the model fits
-    sessions: int  # in memory
-    session_bytes: int
-    last_used_s_ago: float | None
-
-
-@dataclass(frozen=True)
-class View:
-    """The whole, right now. Sizes in bytes."""
-
-    budget: int
-    cap: int
-    floor: int
-    held: int
-    leaving: int
-    queued: int
-    active: int
-    sessions_stored: int
-    models: tuple[ModelView, ...]
 
 
 class Framework:
@@ -110,41 +77,7 @@ class Framework:
 
     def view(self) -> View:
         """A snapshot for people. Changes nothing."""
-        records = self._records
-        shares = {share.model: share for share in background.best_distribution(records).shares}
-        models = []
-        for model in records.models.values():
-            share, by = shares.get(model.name), model.weights.bytes_in
-            sessions = [s for s in records.in_memory.values() if s.model == model.name]
-            used = model.usage.last_used
-            models.append(
-                ModelView(
-                    model=model.name,
-                    state=model.state.value,
-                    size=model.weights.size,
-                    resident=model.weights.present,
-                    lazy=by[SegmentState.LAZY],
-                    loading=by[SegmentState.LOADING],
-                    prefix=model.weights.prefix(),
-                    budget=share.budget_bytes if share else 0,
-                    rate=share.rate if share else 0.0,
-                    streamed=model.streamed_bytes if model.active else 0,
-                    sessions=len(sessions),
-                    session_bytes=sum(s.nbytes for s in sessions),
-                    last_used_s_ago=None if used < 0 else records.now - used,
-                )
-            )
-        return View(
-            budget=records.budget,
-            cap=records.settings.cap_bytes,
-            floor=records.settings.floor_bytes,
-            held=records.ledger.held,
-            leaving=records.ledger.leaving,
-            queued=records.waiting,
-            active=len(records.active),
-            sessions_stored=sum(s.state == SessionState.STORED for s in records.sessions.values()),
-            models=tuple(models),
-        )
+        return view_of(self._records)
 
     def check(self) -> None:
         """Our own invariants, for tests and soaks. Raises `AssertionError`."""

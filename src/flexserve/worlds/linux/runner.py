@@ -28,10 +28,11 @@ from ...errors import FlexServeError, by_code
 from ...framework import effects as ef
 from ...framework import events as ev
 from ...framework import trace
-from ...framework.machine import Framework, ModelView, View
+from ...framework.machine import Framework
 from ...framework.order import Range
 from ...framework.settings import Settings
 from ...framework.tables import SegmentTrigger
+from ...framework.view import View
 from .outside import Outside, changes, pieces, session_name
 from .run import Run
 
@@ -446,9 +447,6 @@ class Runner:
     def budget(self) -> Budget:
         view = self.view()
         return Budget(view.budget, view.cap, view.floor, view.held)
-
-    def model_views(self) -> dict[str, ModelView]:
-        return {one.model: one for one in self.view().models}
 
     def trace(self, after: int) -> list[str]:
         """JSON lines of events above this number."""
