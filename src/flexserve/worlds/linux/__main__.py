@@ -3,6 +3,7 @@ read the keys, confine."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -40,7 +41,8 @@ def main() -> None:
         _run(channel, hardened=INSECURE not in sys.argv[2:])
     except EngineFailure as error:
         if not isinstance(error, ChannelBroken):
-            channel.send(failed(error, call=0))
+            with contextlib.suppress(OSError):  # the channel may be shut
+                channel.send(failed(error, call=0))
         status = 70
     except OSError:
         status = 70

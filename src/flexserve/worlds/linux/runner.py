@@ -66,6 +66,7 @@ class Runner:
         self._deciding = threading.Lock()  # of the Framework
         self._running = threading.Lock()  # held by whoever carries effects out
         self._models: dict[str, _Model] = {}
+        self._closing: set[str] = set()  # names of models that are gone, but not for the Framework yet
         self._runs: dict[str, Run] = {}
         self._streamed: dict[str, int] = {}
         self._numbers = itertools.count(1)
@@ -335,12 +336,15 @@ class Runner:
     def _close(self, name: str, model: SecureModel) -> None:
         with self._lock:
             del self._models[name]
+            self._closing.add(name)
         self._streamed.pop(name, None)
         if model.sessions is not None:
             self._sessions.unname(model.sessions.made_by, name)
         model.close()
         self._outside.closed(name)
         self.post(ev.ModelClosed(name))
+        with self._lock:
+            self._closing.remove(name)
         self._sessions.find()
 
     def _drop(self, session: str, call: int | None) -> None:
@@ -354,7 +358,8 @@ class Runner:
     def new_name(self, name: str) -> str:
         """The Framework's name for a model that is about to be registered: names are not used twice at a time."""
         with self._lock:
-            return name if name not in self._models else f"{name}#{next(self._numbers)}"
+            taken = name in self._models or name in self._closing
+            return f"{name}#{next(self._numbers)}" if taken else name
 
     def add(self, name: str, model: SecureModel) -> None:
         """A model is ready to answer."""

@@ -105,6 +105,7 @@ class SecureWorld(Outside):
         confine: Callable[[], Measures],
     ) -> None:
         """`confine` is called when nothing needs a file any more. Raises `KeyProblem`, `EngineIncompatible`."""
+        self.failed = False
         self._channel = channel
         self._zygote = zygote
         self._started = time.perf_counter()
@@ -261,6 +262,7 @@ class SecureWorld(Outside):
         self._tell(OfferWanted(nbytes))
 
     def fails(self) -> None:
+        self.failed = True
         self._channel.shut()  # the normal world starts another process
 
     def _tell(self, message: ToNormal) -> None:
@@ -297,7 +299,7 @@ class SecureWorld(Outside):
             except OSError:
                 return  # the channel is gone; the main thread ends the process
             except BaseException:
-                self._channel.shut()  # nobody would compute any more: let the normal world start another
+                self.fails()  # nobody would compute any more
                 raise
 
     def _call(self, message: _Call, descriptors: list[int]) -> None:
@@ -481,7 +483,8 @@ def _close(descriptors: list[int]) -> None:
 
 
 def serve(channel: Channel, zygote: TemplateZygote, confine: Callable[[], Measures]) -> None:
-    """Be the secure world until the channel closes. Raises `ChannelBroken`, `OSError`."""
+    """Be the secure world until the channel closes. Raises `ChannelBroken`, `OSError`, `EngineFailure` for a mistake of
+    ours."""
     configure = channel.receive()
     if not isinstance(configure, Configure):
         raise ChannelBroken("the first message must configure the secure world")
@@ -493,3 +496,5 @@ def serve(channel: Channel, zygote: TemplateZygote, confine: Callable[[], Measur
     channel.send(Ready(world.device.key_id, world.flexmem, world.measures))
     while (message := channel.receive()) is not None:
         world.handle(message)
+    if world.failed:
+        raise EngineFailure("the secure world made a mistake")
