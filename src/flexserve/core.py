@@ -21,6 +21,8 @@ MAX_PROMPT_CHARS = 4 << 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_MESSAGES = 4096
+MAX_PRIORITY = 2
+MAX_WORKFLOW_STEPS = 16
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -44,6 +46,12 @@ class FinishReason(StrEnum):
 def _check(ok: bool, name: str, rule: str) -> None:
     if not ok:
         raise InvalidRequest(f"{name} must be {rule}")
+
+
+def check_client(client: str | None) -> None:
+    """A client's name of itself; None: it has none. Raises `InvalidRequest`."""
+    named = client is None or (1 <= len(client) <= 128 and client.isprintable())
+    _check(named, "client", "1 to 128 printable characters")
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,9 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     embed: bool = False  # make one embedding of the prompt instead of an answer; not of messages
     session: str | None = None  # the client's name of the conversation: its newest KV replaces the one before
+    client: str | None = None  # whose workflow this is a step of; None: the one of all that do not say
+    next_model: str | None = None  # a hint: the model of this client's next request
+    priority: int = 0  # higher is answered first, within the bound on waiting (docs/workflows.md)
 
     def __post_init__(self) -> None:
         _check(not (self.embed and self.messages is not None), "embed", "of a prompt or token ids")
@@ -106,6 +117,10 @@ class Request:
         _check(1 <= len(self.model) <= 128, "model", "1 to 128 characters")
         named = self.session is None or (1 <= len(self.session) <= 128 and self.session.isprintable())
         _check(named, "session", "1 to 128 printable characters")
+        check_client(self.client)
+        named = self.next_model is None or 1 <= len(self.next_model) <= 128
+        _check(named, "next_model", "1 to 128 characters")
+        _check(abs(self.priority) <= MAX_PRIORITY, "priority", f"-{MAX_PRIORITY} to {MAX_PRIORITY}")
         given = [x for x in (self.messages, self.prompt, self.token_ids) if x is not None]
         _check(len(given) == 1, "messages, prompt, token_ids", "given exactly once")
         if self.messages is not None:
@@ -153,6 +168,7 @@ class Timings:
         0  # the model did not fit the budget: what had to pass through memory for every token
     )
     suspended_s: float = 0.0  # stopped between two tokens, its KV saved, for want of memory
+    prefetched_bytes: int = 0  # weights and KV in memory at its start that prefetch had brought for it
 
 
 @dataclass(frozen=True)
@@ -263,3 +279,35 @@ class WorldStatus:
     flexmem: str  # "userfaultfd", or "none: <reason>" when loading fully before computing
     models: tuple[ModelStatus, ...] = ()
     budget: Budget | None = None  # None: the world has none
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """What a client's requests do, as far as it was learned or declared: behind `steps` comes `next_model`."""
+
+    id: str
+    client: str  # a digest; empty: of clients that gave no name
+    steps: tuple[str, ...]  # models, the newest last
+    next_model: str
+    seen: int
+    confidence: float  # that it happens again, 0 to 1
+    predictions: int
+    hits: int
+    prefetched_bytes: int  # for requests that came
+    saved_s: float  # estimated: what those would have loaded, at the measured rate
+    last_s_ago: float
+    declared: str = ""  # the name under which a client declared it; empty: learned
+
+
+@dataclass(frozen=True)
+class WorkflowReport:
+    """What is known of workflows, and what prefetch made of it (`flexserve workflows`)."""
+
+    prefetch: bool  # switched on
+    note: str = ""  # why what was saved before is not here; empty: it is, or there was nothing
+    predictions: int = 0  # that had come true or not
+    hits: int = 0
+    prefetched_bytes: int = 0  # for requests that came
+    wasted_bytes: int = 0  # for requests that did not
+    saved_s: float = 0.0
+    workflows: tuple[Workflow, ...] = ()

@@ -66,9 +66,9 @@ def hand_lazily(records: Records) -> None:
     for model in records.models.values():
         at = lazy_at(records, model.name)
         if at is not None and at <= records.now:
-            spans = model.weights.in_state(SegmentState.RESIDENT)
-            nbytes = records.move_segments(model, SegmentTrigger.HAND, spans)
-            records.do(HandLazily(model.name, model.weights.ranges(spans)), Why.NOBODY_USES_IT, nbytes=nbytes)
+            firm = model.weights.in_state(SegmentState.RESIDENT)
+            nbytes = records.move_segments(model, SegmentTrigger.HAND, firm)
+            records.do(HandLazily(model.name, model.weights.ranges(firm)), Why.NOBODY_USES_IT, nbytes=nbytes)
 
 
 def lazy_at(records: Records, name: str) -> float | None:
@@ -97,19 +97,17 @@ def restore_distribution(records: Records) -> None:
         if not share.rate or not share.prefix_bytes or model.stopping or model.state != ModelState.READY:
             continue
         goal = weights.forward(weights.fill_from, share.prefix_bytes)
-        if not weights.absent(weights.fill_from, goal, weights.size):
+        wanted = min(ahead, weights.absent_bytes(weights.fill_from, goal))
+        if not wanted:
             continue
-        wanted = min(
-            ahead, sum(weights.nbytes(a, b) for a, b in weights.absent(weights.fill_from, goal, weights.size))
-        )
         reclaim.make_room(records, wanted, SURPLUS, keep=keep, spare=model.name, why=Why.BEST_DISTRIBUTION)
-        spans = weights.absent(weights.fill_from, goal, min(wanted, max(records.free, 0)))
-        if spans:
-            records.move_segments(model, SegmentTrigger.LOAD, spans)
+        absent = weights.absent(weights.fill_from, goal, min(wanted, max(records.free, 0)))
+        if absent:
+            records.move_segments(model, SegmentTrigger.LOAD, absent)
             model.refilling = True
             model.planned = True
             records.do(
-                LoadRange(model.name, weights.ranges(spans), Priority.REFILL),
+                LoadRange(model.name, weights.ranges(absent), Priority.REFILL),
                 Why.BEST_DISTRIBUTION,
                 rate=round(share.rate, 6),
                 prefix=share.prefix_bytes,

@@ -71,6 +71,8 @@ def _value(value: object) -> str:
         for size, name in ((GIB, "GiB"), (MIB, "MiB")):
             if value and value % size == 0:
                 return f"{value // size} {name}"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
     return "on" if value is True else f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
-from .order import Range
+from .order import Range, Ranges
 
 
 class Priority(IntEnum):
@@ -29,7 +29,7 @@ class LoadRange:
     Reported as PLACED. Faults are served without being asked."""
 
     model: str
-    ranges: tuple[Range, ...]
+    ranges: Ranges | tuple[Range, ...]
     priority: Priority
 
 
@@ -45,7 +45,7 @@ class Recall:
     """Zero these segments and give them back, now. Each is reported as RECALLED or SPARED."""
 
     model: str
-    ranges: tuple[Range, ...]
+    ranges: Ranges | tuple[Range, ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class HandLazily:
     """Let the kernel take these segments when it wants to. What it took is reported as LOST."""
 
     model: str
-    ranges: tuple[Range, ...]
+    ranges: Ranges | tuple[Range, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Pin:
     """Make lazy segments firm; each is reported as PINNED or LOST."""
 
     model: str
-    ranges: tuple[Range, ...]
+    ranges: Ranges | tuple[Range, ...]
 
 
 @dataclass(frozen=True)

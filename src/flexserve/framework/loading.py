@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from .effects import LoadRange, Priority, StreamTail, Why
 from .reclaim import CHEAP, Keep, Stage, make_room, streamed_from, zone
+from .positions import Span
 from .records import ModelRecord, Records
 from .requests import ask, needed_sessions
 from .tables import RequestState, SegmentState, SegmentTrigger
-from .weights import Span
 
 FOR_WEIGHTS = (*CHEAP, Stage.UNSAVED_SESSIONS)
 
@@ -60,15 +60,14 @@ def _whole(records: Records, model: ModelRecord, keep: Keep) -> None:
 
 def _window(records: Records, model: ModelRecord, start: int, keep: Keep) -> None:
     weights = model.weights
-    first = weights.absent(weights.fill_from, start, weights.size)
-    missing = sum(weights.nbytes(a, b) for a, b in first)
+    missing = weights.absent_bytes(weights.fill_from, start)
     if missing:
         make_room(records, missing + records.reserved, FOR_WEIGHTS, keep=keep, why=Why.MAKE_ROOM)
         _load(records, model, (weights.fill_from, start), missing, Why.MODEL_IN_USE)
     low, high = zone(records, model)
     low = max(min(model.compute_at, weights.count), start)
     high = max(high, weights.forward(start, records.settings.stream_window_bytes))
-    missing = sum(weights.nbytes(a, b) for a, b in weights.absent(low, high, weights.size))
+    missing = weights.absent_bytes(low, high)
     if missing:
         make_room(records, missing + records.reserved, FOR_WEIGHTS, keep=keep, why=Why.MAKE_ROOM)
         _load(records, model, (low, high), missing, Why.STREAMED)
@@ -77,13 +76,12 @@ def _window(records: Records, model: ModelRecord, start: int, keep: Keep) -> Non
 def _load(records: Records, model: ModelRecord, within: Span, nbytes: int, why: Why) -> None:
     """Ask for at most `nbytes` of what is absent, as far as room is free now."""
     room = min(nbytes, records.free - records.reserved)
-    spans = model.weights.absent(*within, room) if room > 0 else []
-    if spans:
-        records.move_segments(model, SegmentTrigger.LOAD, spans)
+    if room > 0 and (absent := model.weights.absent(*within, room)):
+        nbytes = records.move_segments(model, SegmentTrigger.LOAD, absent)
         model.planned = True
         records.do(
-            LoadRange(model.name, model.weights.ranges(spans), Priority.REQUEST),
+            LoadRange(model.name, model.weights.ranges(absent), Priority.REQUEST),
             why,
-            nbytes=sum(model.weights.nbytes(a, b) for a, b in spans),
+            nbytes=nbytes,
             free=records.free,
         )

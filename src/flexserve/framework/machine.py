@@ -200,7 +200,7 @@ def _segments_changed(records: Records, event: ev.SegmentsChanged) -> None:
     model = records.models.get(event.model)
     if model is None or model.state == ModelState.CLOSING:
         return records.note(Why.LATE)
-    changed = records.move_segments(model, event.what, list(model.weights.spans(event.ranges)))
+    changed = records.move_segments(model, event.what, model.weights.positions(event.ranges))
     if event.what == SegmentTrigger.STOPPED:
         model.stopping = False
     elif event.what == SegmentTrigger.LOST and changed:

@@ -5,7 +5,7 @@ Pure. Knows regions of a sealed model as index ranges; does not know which of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -15,6 +15,29 @@ class Range:
 
     first: int
     count: int
+
+
+class Ranges(Iterable[Range]):
+    """Very many ranges, made when somebody looks at them: deciding which costs less than naming them."""
+
+    def __init__(self, make: Callable[[], Iterator[Range]]) -> None:
+        """`make` gives the same ranges whenever it is called."""
+        self._make = make
+
+    def __iter__(self) -> Iterator[Range]:
+        return self._make()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ranges | tuple) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 def join(indices: Iterable[int]) -> list[Range]:

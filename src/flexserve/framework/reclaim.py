@@ -24,7 +24,7 @@ from .tables import (
     SessionState,
     SessionTrigger,
 )
-from .weights import Span
+from .positions import NONE, Positions, Span
 
 
 class Stage(IntEnum):
@@ -51,12 +51,12 @@ class Keep:
 
 @dataclass(frozen=True)
 class Choice:
-    """Spans of one model, or one session."""
+    """Some of one model's weights, or one session."""
 
     why: Why
     nbytes: int
     model: str = ""
-    spans: tuple[Span, ...] = ()
+    positions: Positions = NONE
     session: str = ""
 
 
@@ -106,20 +106,20 @@ def _at(records: Records, stage: Stage, needed: int, keep: Keep, spare: str | No
                 weights = model.weights
                 kept = keep.prefix_bytes.get(model.name, 0)
                 low = weights.forward(weights.fill_from, kept) if kept else 0
-                if spans := weights.tail(low, weights.count, needed):
-                    nbytes = sum(weights.nbytes(a, b) for a, b in spans)
+                if found := weights.tail(low, weights.count, needed):
+                    nbytes = weights.bytes_of(found)
                     needed -= nbytes
-                    yield Choice(_WHY[stage], nbytes, model.name, tuple(spans))
+                    yield Choice(_WHY[stage], nbytes, model.name, found)
         case Stage.PASSED_WEIGHTS | Stage.USED_WEIGHTS:
             for model in least_invoked(records):
                 if not model.active or model.name == spare:
                     continue
                 passed, used = stretches(records, model)
                 for low, high in passed if stage == Stage.PASSED_WEIGHTS else used:
-                    if needed > 0 and (spans := model.weights.tail(low, high, needed)):
-                        nbytes = sum(model.weights.nbytes(a, b) for a, b in spans)
+                    if needed > 0 and (found := model.weights.tail(low, high, needed)):
+                        nbytes = model.weights.bytes_of(found)
                         needed -= nbytes
-                        yield Choice(_WHY[stage], nbytes, model.name, tuple(spans))
+                        yield Choice(_WHY[stage], nbytes, model.name, found)
         case Stage.UNSAVED_SESSIONS:
             for session in _oldest(records, (SessionState.RESIDENT, SessionState.SAVING), keep):
                 yield Choice(_WHY[stage], session.nbytes, session=session.name)
@@ -201,9 +201,9 @@ def take(records: Records, choices: list[Choice], why: Why | None = None) -> int
         reason = why or choice.why
         if choice.model:
             model = records.models[choice.model]
-            records.move_segments(model, SegmentTrigger.CLAIM, choice.spans)
+            records.move_segments(model, SegmentTrigger.CLAIM, choice.positions)
             records.do(
-                Recall(model.name, model.weights.ranges(sorted(choice.spans))),
+                Recall(model.name, model.weights.ranges(choice.positions)),
                 reason,
                 nbytes=choice.nbytes,
                 stage=choice.why.value,

@@ -5,12 +5,12 @@ States change only here, through the tables, so that the sums are always right. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .caching import Distribution, ModelUse, SessionUse, rank
 from .effects import Decision, Effect, Fact, Why
 from .order import Range
+from .positions import Positions
 from .settings import Settings
 from .tables import (
     MODEL,
@@ -29,7 +29,7 @@ from .tables import (
     after,
 )
 from .usage import Usage, bucket
-from .weights import Ledger, Span, Weights
+from .weights import Ledger, Weights
 
 
 @dataclass
@@ -173,8 +173,8 @@ class Records:
             model.weights.forget()
             del self.models[model.name]
 
-    def move_segments(self, model: ModelRecord, trigger: SegmentTrigger, spans: Iterable[Span]) -> int:
-        return model.weights.apply(trigger, spans)
+    def move_segments(self, model: ModelRecord, trigger: SegmentTrigger, positions: Positions) -> int:
+        return model.weights.apply(trigger, positions)
 
     def move_request(self, request: RequestRecord, trigger: RequestTrigger) -> None:
         old, request.state = request.state, after(REQUEST, request.state, trigger)

@@ -106,20 +106,12 @@ def tokenized(records: Records, request: RequestRecord) -> None:
     request.since = records.now
     model.usage.prompted(request.prompt_tokens)
     # The rows have room even where the budget is full: one loader would fetch them by a fault as well.
-    rows = [
-        span
-        for start, end in model.weights.spans(request.rows)
-        for span in model.weights.absent(start, end, max(records.free, 0))
-    ]
-    chosen = []
-    for start, end in rows:
-        if model.weights.nbytes(start, end) <= records.free:
-            records.move_segments(model, SegmentTrigger.LOAD, [(start, end)])
-            chosen.append((start, end))
+    rows = model.weights.absent_of(model.weights.positions(request.rows))
+    chosen = model.weights.first(rows, records.free)
     if chosen:
+        records.move_segments(model, SegmentTrigger.LOAD, chosen)
         model.planned = True
-        ranges = model.weights.ranges(chosen)
-        records.do(LoadRange(model.name, ranges, Priority.ROWS), Why.PROMPT_ROWS)
+        records.do(LoadRange(model.name, model.weights.ranges(chosen), Priority.ROWS), Why.PROMPT_ROWS)
 
 
 def prepare(records: Records, request: RequestRecord) -> None:

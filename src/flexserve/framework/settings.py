@@ -107,23 +107,70 @@ class Settings:
         30.0, "s", "ours", "a request that waits longer for memory for its KV ends with `out_of_budget`"
     )
 
+    # The next request (schedule.py)
+    switch_weight: float = _setting(
+        2.0,
+        "s/s",
+        "ours: what is displaced is loaded again",
+        "what a second of loading counts against waiting",
+    )
+    overtake_limit: int = _setting(
+        8, "requests", "ours", "that came later may be started before one that could start"
+    )
+    overtake_s: float = _setting(
+        5.0, "s", "ours", "of waiting after which nothing that came later goes first"
+    )
+    pinned: tuple[str, ...] = _setting(
+        (), "models", "ours", "whose weights are taken last, and never for the background"
+    )
+
+    # Workflows (workflows.py, prefetch.py)
+    prefetch: bool = _setting(
+        True, "", "paper, section 5", "load what the next request needs before it comes"
+    )
+    prefetch_confidence: float = _setting(
+        0.6, "share", "ours: two of the same are enough", "a prediction below is not acted on"
+    )
+    prefetch_ahead_bytes: int = _setting(
+        32 * MIB, "bytes", "ours", "on its way at most for a request that has not come"
+    )
+    prefetch_wait_s: float = _setting(
+        10.0, "s", "ours", "until a request that does not come was a wrong guess"
+    )
+    workflow_gap_s: float = _setting(
+        60.0, "s", "ours", "without a request after which a client's next one begins a new sequence"
+    )
+    workflow_memory: float = _setting(
+        0.9, "share", "ours", "what an older observation counts after each newer one"
+    )
+    workflow_half_life_s: float = _setting(
+        604800.0, "s", "ours: a week", "after which an observation counts half"
+    )
+    workflow_limit: int = _setting(1024, "sequences", "ours", "that are remembered; the longest unseen go")
+
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if not isinstance(value, bool) and value < 0:
+            if isinstance(value, int | float) and value < 0:
                 raise Usage(f"setting {one.name} is {value}, and must not be negative")
         if not self.floor_bytes <= self.budget_bytes <= self.cap_bytes:
             raise Usage(
                 f"the budget of {self.budget_bytes} bytes is not between floor ({self.floor_bytes}) "
                 f"and hard cap ({self.cap_bytes})"
             )
-        for name in ("compute_slots", "kv_chunk_tokens", "prompt_reference_tokens", "saves_at_once"):
+        for name in (
+            *("compute_slots", "kv_chunk_tokens", "prompt_reference_tokens", "saves_at_once"),
+            *("prefetch_ahead_bytes", "workflow_limit"),
+        ):
             if getattr(self, name) < 1:
                 raise Usage(f"setting {name} must be at least 1")
-        for name in ("rate_window_s", "frequency_half_life_s"):
+        for name in ("rate_window_s", "frequency_half_life_s", "workflow_half_life_s"):
             if getattr(self, name) <= 0:
                 raise Usage(f"setting {name} must be above 0")
-        for name in ("rate_threshold", "session_share", "frequency_weight"):
+        for name in (
+            *("rate_threshold", "session_share", "frequency_weight"),
+            *("prefetch_confidence", "workflow_memory"),
+        ):
             if getattr(self, name) > 1:
                 raise Usage(f"setting {name} is a share, at most 1")
         for name in ("stream_window_bytes", "load_ahead_bytes", "refill_ahead_bytes"):

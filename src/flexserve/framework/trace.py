@@ -13,7 +13,7 @@ from typing import Any
 from .effects import Decision, Effect
 from .events import Event
 from .machine import Framework
-from .order import Range
+from .order import Range, Ranges
 from .settings import Settings
 
 
@@ -46,7 +46,7 @@ def _plain(value: Any) -> Any:
     """Ranges as [first, count]; parts as objects; everything else as it is."""
     if isinstance(value, Range):
         return [value.first, value.count]
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | Ranges):
         return [_plain(one) for one in value]
     if hasattr(value, "__dataclass_fields__"):
         return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}

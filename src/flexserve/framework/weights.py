@@ -1,24 +1,42 @@
 """One model's segments: where each is, and what that costs.
 
 Knows the order in which compute needs them (*positions*, counted from 0) and each one's state. Does not know
-why a state changes. The states are one byte each, so that runs are found at memory speed: a decision over
-20 models of 10,000 segments takes well under a millisecond.
+why a state changes. The states are one byte each, and so are the sets of positions that a step is taken for
+(positions.py), so that a step costs the same however scattered they are.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .order import Range
+from .order import Range, Ranges
+from .positions import NONE, Positions, Span
 from .tables import SEGMENT, SEGMENT_HELD, SegmentState, SegmentTrigger, after
 
-Span = tuple[int, int]  # positions: first, and one behind the last
+FEW = 64  # ranges that are made at once; of more of them whoever carries out the effect makes them
 
-_RUN = re.compile(rb"(.)\1*", re.DOTALL)
-_ABSENT_RUN = re.compile(b"%c+" % SegmentState.ABSENT)
 _HELD = bytes(state in SEGMENT_HELD for state in SegmentState)
+_CHOSEN = 8  # added to the state of a position that takes a step; there are fewer states than that
+
+
+def _marking(*states: SegmentState) -> bytes:
+    """For `bytes.translate`: 1 for these states, 0 for the others."""
+    return bytes(code in states for code in range(256))
+
+
+def _stepping(trigger: SegmentTrigger) -> bytes:
+    """For `bytes.translate`: a chosen position's state becomes the next one, the others' stay."""
+    table = bytearray(range(256))
+    for state in SegmentState:
+        table[_CHOSEN | state] = SEGMENT.get((state, trigger), state)
+    return bytes(table)
+
+
+_MARK = {state: _marking(state) for state in SegmentState}
+_TAKING = {state: bytes(code == _CHOSEN | state for code in range(256)) for state in SegmentState}
+_MARK_PRESENT = _marking(SegmentState.RESIDENT, SegmentState.LAZY)
+_STEP = {trigger: _stepping(trigger) for trigger in SegmentTrigger}
 
 
 @dataclass(frozen=True)
@@ -126,30 +144,84 @@ class Weights:
             at += part.count
         raise IndexError(f"the model has no segment {index}")
 
-    def ranges(self, spans: Iterable[Span]) -> tuple[Range, ...]:
-        """Spans of positions as ranges of segment indices, in the same order."""
-        made: list[Range] = []
-        for start, end in spans:
-            at = 0
-            for part in self.parts:
-                low, high = max(start - at, 0), min(end - at, part.count)
-                if low < high:
-                    made.append(Range(part.first + low, high - low))
-                at += part.count
-        return tuple(made)
+    def _within(self, start: int, end: int) -> Iterator[tuple[Part, int, int, int]]:
+        """The parts that [start, end) touches: a part, the position it begins at, and what it has of them."""
+        at = 0
+        for part in self.parts:
+            low, high = max(start, at), min(end, at + part.count)
+            if low < high:
+                yield part, at, low, high
+            at += part.count
 
-    def spans(self, ranges: Iterable[Range]) -> Iterator[Span]:
-        """Ranges of segment indices as spans, one for each part that a range touches. Raises `IndexError` for a
-        segment that the model does not have."""
+    def ranges(self, positions: Positions) -> Ranges | tuple[Range, ...]:
+        """Positions as ranges of segment indices, ascending in position."""
+        if positions.stretches() > FEW:
+            return Ranges(lambda: self._ranges(positions))
+        return tuple(self._ranges(positions))
+
+    def _ranges(self, positions: Positions) -> Iterator[Range]:
+        for part, at, low, high in self._within(positions.start, positions.end):
+            shift = part.first - at
+            for start, end in positions.between(low, high):
+                yield Range(start + shift, end - start)
+
+    def positions(self, ranges: Iterable[Range]) -> Positions:
+        """Ranges of segment indices as positions. Raises `IndexError` for a segment that the model does not have."""
+        spans: list[Span] = []
+        first = end = shift = 0  # of the part that the last one was in
         for one in ranges:
             index, left = one.first, one.count
+            if first <= index and left > 0 and index + left <= end:
+                spans.append((index + shift, index + left + shift))
+                continue
             if left < 1:
                 raise IndexError(f"{left} segments from {index} are no range")
             while left:
                 start, room = self._place(index)
                 count = min(left, room)
-                yield start, start + count
+                spans.append((start, start + count))
+                first, end, shift = index, index + room, start - index
                 index, left = index + count, left - count
+        return Positions.of(spans)
+
+    def bytes_of(self, positions: Positions) -> int:
+        """What they are in all."""
+        return sum(
+            self._bytes(part, at, high, positions.count(low, high), positions)
+            for part, at, low, high in self._within(positions.start, positions.end)
+        )
+
+    def _bytes(self, part: Part, at: int, high: int, count: int, positions: Positions) -> int:
+        """Bytes of `count` positions of one part that begins at `at`; they lie before `high`."""
+        last = at + part.count - 1
+        short = part.count * part.unit_bytes - part.nbytes if high > last else 0
+        return count * part.unit_bytes - (short if short and positions.count(last, high) else 0)
+
+    def first(self, positions: Positions, nbytes: int) -> Positions:
+        """Of these, as many as are at most `nbytes`, from the beginning."""
+        for part, at, low, high in self._within(positions.start, positions.end):
+            size = self._bytes(part, at, high, positions.count(low, high), positions)
+            if size > nbytes:
+                return positions.before(
+                    positions.behind_first(max(nbytes, 0) // part.unit_bytes, low, high)
+                )
+            nbytes -= size
+        return positions.before(positions.end)
+
+    def last(self, positions: Positions, nbytes: int) -> Positions:
+        """Of these, as few as are at least `nbytes`, from the end; all where they are less."""
+        if nbytes <= 0:
+            return NONE
+        for part, at, low, high in reversed(list(self._within(positions.start, positions.end))):
+            count = positions.count(low, high)
+            size = self._bytes(part, at, high, count, positions)
+            if size >= nbytes:
+                short = count * part.unit_bytes - size
+                return positions.from_(
+                    positions.at_last(-(-(nbytes + short) // part.unit_bytes), low, high)
+                )
+            nbytes -= size
+        return positions
 
     # States
 
@@ -166,25 +238,33 @@ class Weights:
         """Bytes that may be taken: firm or lazy."""
         return self.bytes_in[SegmentState.RESIDENT] + self.bytes_in[SegmentState.LAZY]
 
-    def apply(self, trigger: SegmentTrigger, spans: Iterable[Span]) -> int:
-        """Take one step in the table for every position; returns the bytes that changed. Raises `Impossible`."""
-        changed = 0
-        for start, end in spans:
-            for run in list(_RUN.finditer(self._states, start, end)):
-                old = SegmentState(run.group()[0])
+    def apply(self, trigger: SegmentTrigger, positions: Positions) -> int:
+        """Take one step in the table for every position; returns the bytes that changed.
+
+        Raises `Impossible`; nothing has changed then.
+        """
+        start, count = positions.start, len(positions.marks)
+        states = self._states[start : start + count]
+        chosen = int.from_bytes(positions.marks, "little") * _CHOSEN | int.from_bytes(states, "little")
+        stepping = chosen.to_bytes(count, "little")
+        moved: list[tuple[SegmentState, SegmentState, Positions]] = []
+        for old in SegmentState:
+            if _CHOSEN | old in stepping:
                 new = after(SEGMENT, old, trigger)
                 if new != old:
-                    changed += self._set(run.start(), run.end(), old, new)
-        return changed
+                    moved.append((old, new, Positions(start, stepping.translate(_TAKING[old]))))
+        self._states[start : start + count] = stepping.translate(_STEP[trigger])
+        return sum(self._moved(*one) for one in moved)
 
-    def _set(self, start: int, end: int, old: SegmentState, new: SegmentState) -> int:
-        nbytes = self.nbytes(start, end)
-        self._states[start:end] = bytes([new]) * (end - start)
+    def _moved(self, old: SegmentState, new: SegmentState, positions: Positions) -> int:
+        """These have gone from one state to another: see to the sums. Returns their bytes."""
+        nbytes = self.bytes_of(positions)
         self.bytes_in[old] -= nbytes
         self.bytes_in[new] += nbytes
         absent = (new == SegmentState.ABSENT) - (old == SegmentState.ABSENT)
-        if absent and end > self.fill_from:
-            self.missing += absent * self.nbytes(max(start, self.fill_from), end)
+        if absent and positions.end > self.fill_from:
+            filled = nbytes if positions.start >= self.fill_from else self.bytes_of(positions.from_(self.fill_from))
+            self.missing += absent * filled
         ledger = self._ledger
         ledger.held += nbytes * (_HELD[new] - _HELD[old])
         ledger.loading += nbytes * ((new == SegmentState.LOADING) - (old == SegmentState.LOADING))
@@ -197,57 +277,40 @@ class Weights:
         """The model is closed: nothing of it is held any more."""
         for state in SegmentState:
             if state != SegmentState.ABSENT and self.bytes_in[state]:
-                for run in list(re.finditer(b"%c+" % state, self._states)):
-                    self._set(run.start(), run.end(), state, SegmentState.ABSENT)
+                self._moved(state, SegmentState.ABSENT, self.in_state(state))
+        self._states = bytearray(self.count)
 
     # Choosing
 
-    def in_state(self, state: SegmentState) -> list[Span]:
-        """All runs of one state."""
-        return [run.span() for run in re.finditer(re.escape(b"%c" % state) + b"+", self._states)]
+    def in_state(self, state: SegmentState) -> Positions:
+        """All of one state."""
+        return self._marked(_MARK[state], 0, self.count)
 
-    def absent(self, start: int, end: int, nbytes: int) -> list[Span]:
-        """Runs of absent segments in [start, end), from its beginning, of at most `nbytes` in all."""
-        found: list[Span] = []
-        for run in _ABSENT_RUN.finditer(self._states, start, end):
-            first, last = run.span()
-            if self.nbytes(first, last) > nbytes:
-                last = self.forward(first, nbytes)
-                if last > first:
-                    found.append((first, last))
-                break
-            nbytes -= self.nbytes(first, last)
-            found.append((first, last))
-        return found
+    def _marked(self, table: bytes, start: int, end: int) -> Positions:
+        return Positions(start, bytes(self._states[start:end].translate(table)))
 
-    def tail(self, start: int, end: int, nbytes: int) -> list[Span]:
-        """Runs that may be taken in [start, end), from its end: `nbytes` or a little more, or all there are."""
-        found: list[Span] = []
-        rfind, at = self._states.rfind, end
-        while nbytes > 0 and at > start:
-            last = max(rfind(SegmentState.RESIDENT, start, at), rfind(SegmentState.LAZY, start, at))
-            if last < 0:
-                break
-            first = 1 + max(
-                rfind(SegmentState.ABSENT, start, last),
-                rfind(SegmentState.LOADING, start, last),
-                rfind(SegmentState.CLAIMED, start, last),
-                start - 1,
-            )
-            size = self.nbytes(first, last + 1)
-            if size > nbytes:
-                first = self.backward(last + 1, nbytes)
-                size = nbytes
-            found.append((first, last + 1))
-            nbytes -= size
-            at = first
-        return found
+    def absent(self, start: int, end: int, nbytes: int) -> Positions:
+        """Absent segments in [start, end), from its beginning, of at most `nbytes` in all."""
+        return self.first(self._marked(_MARK[SegmentState.ABSENT], start, end), nbytes)
+
+    def absent_bytes(self, start: int, end: int) -> int:
+        """What is absent in [start, end)."""
+        return self.bytes_of(self._marked(_MARK[SegmentState.ABSENT], start, end))
+
+    def absent_of(self, positions: Positions) -> Positions:
+        """Those of these that are absent."""
+        absent = self._marked(_MARK[SegmentState.ABSENT], positions.start, positions.end)
+        both = int.from_bytes(absent.marks, "little") & int.from_bytes(positions.marks, "little")
+        return Positions(positions.start, both.to_bytes(len(positions.marks), "little"))
+
+    def tail(self, start: int, end: int, nbytes: int) -> Positions:
+        """What may be taken in [start, end), from its end: `nbytes` or a little more, or all there is."""
+        return self.last(self._marked(_MARK_PRESENT, start, end), nbytes)
 
     def check(self) -> None:
         """Our own invariant: the sums are those of the states. Raises `AssertionError`."""
         for state in SegmentState:
-            spans = self.in_state(state)
-            assert self.bytes_in[state] == sum(self.nbytes(a, b) for a, b in spans), state
+            assert self.bytes_in[state] == sum(self.nbytes(a, b) for a, b in self.in_state(state)), state
         absent = self.in_state(SegmentState.ABSENT)
         assert self.missing == sum(
             self.nbytes(max(a, self.fill_from), max(b, self.fill_from)) for a, b in absent
