@@ -163,5 +163,3 @@ def test_positions_and_bytes_agree_with_counting_one_by_one(model: Weights, data
     assert far == max(n for n in range(start, model.count + 1) if sum(sizes[start:n]) <= wanted)
     near = model.backward(end, wanted)
     assert near == max((n for n in range(end + 1) if sum(sizes[n:end]) >= wanted), default=0)
-    spans = list(model.spans(model.ranges([(start, end)])))
-    assert [p for a, b in spans for p in range(a, b)] == list(range(start, end))

@@ -202,9 +202,7 @@ class Weights:
         for part, at, low, high in self._within(positions.start, positions.end):
             size = self._bytes(part, at, high, positions.count(low, high), positions)
             if size > nbytes:
-                return positions.before(
-                    positions.behind_first(max(nbytes, 0) // part.unit_bytes, low, high)
-                )
+                return positions.before(positions.behind_first(max(nbytes, 0) // part.unit_bytes, low, high))
             nbytes -= size
         return positions.before(positions.end)
 
@@ -217,9 +215,7 @@ class Weights:
             size = self._bytes(part, at, high, count, positions)
             if size >= nbytes:
                 short = count * part.unit_bytes - size
-                return positions.from_(
-                    positions.at_last(-(-(nbytes + short) // part.unit_bytes), low, high)
-                )
+                return positions.from_(positions.at_last(-(-(nbytes + short) // part.unit_bytes), low, high))
             nbytes -= size
         return positions
 
@@ -263,7 +259,11 @@ class Weights:
         self.bytes_in[new] += nbytes
         absent = (new == SegmentState.ABSENT) - (old == SegmentState.ABSENT)
         if absent and positions.end > self.fill_from:
-            filled = nbytes if positions.start >= self.fill_from else self.bytes_of(positions.from_(self.fill_from))
+            filled = (
+                nbytes
+                if positions.start >= self.fill_from
+                else self.bytes_of(positions.from_(self.fill_from))
+            )
             self.missing += absent * filled
         ledger = self._ledger
         ledger.held += nbytes * (_HELD[new] - _HELD[old])
