@@ -7,8 +7,8 @@ stays, the tail passes through a window, for every token. Compute tells where it
 from __future__ import annotations
 
 from .effects import LoadRange, Priority, StreamTail, Why
-from .reclaim import CHEAP, Keep, Stage, make_room, streamed_from, zone
 from .positions import Span
+from .reclaim import CHEAP, Keep, Stage, make_room, streamed_from, zone
 from .records import ModelRecord, Records
 from .requests import ask, needed_sessions
 from .tables import RequestState, SegmentState, SegmentTrigger

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from .effects import DropSession, Recall, SaveSession, StopLoading, SuspendRequest, Why
+from .positions import NONE, Positions, Span
 from .records import ModelRecord, Records, RequestRecord, SessionRecord
 from .tables import (
     ModelState,
@@ -24,7 +25,6 @@ from .tables import (
     SessionState,
     SessionTrigger,
 )
-from .positions import NONE, Positions, Span
 
 
 class Stage(IntEnum):
