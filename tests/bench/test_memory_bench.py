@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flexserve.bench import background, lazy, memory_bench, recalls
+from flexserve.bench import background, decisions, lazy, memory_bench, recalls
 from flexserve.bench.hog import STEP_BYTES, Hog
 from flexserve.bench.memory_bench import PARTS, MemoryOptions, headline, recall_row
 from flexserve.bench.recalls import RecallTimes
@@ -24,6 +24,7 @@ from ..schemas import validate
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryOptions:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(lazy, "ARENA_BYTES", 4 << 20)
+    monkeypatch.setattr(decisions, "SEGMENTS", (400,))
     monkeypatch.setattr(recalls, "SIZES", {"128 MiB": 1 << 20, "1 GiB": 1 << 40, "all": 1 << 60})
     return MemoryOptions(
         "tiny-llama", prompt_tokens=8, session_tokens=64, rounds=1, directory=tmp_path, threads=1
@@ -50,7 +51,14 @@ def test_every_part_is_measured_and_the_report_keeps_its_schema(options: MemoryO
         assert cached[source, 1.0]["loaded_bytes"] == 0
         assert cached[source, 0.0]["loaded_bytes"] > cached[source, 0.75]["loaded_bytes"] > 0
         assert cached[source, 1.0]["vs_resident"] == 1.0
-    for key in ("recall_gbps", "refill_gbps_per_core", "lazy_gbps", "session_restore_vs_recompute"):
+    assert {row["event"] for row in result["decision"]} >= {"recall of all", "request"}
+    for key in (
+        "decision_ms",
+        "recall_gbps",
+        "refill_gbps_per_core",
+        "lazy_gbps",
+        "session_restore_vs_recompute",
+    ):
         assert result[key] > 0
 
 

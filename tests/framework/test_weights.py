@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import FrameType
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from flexserve.framework import events as ev
+from flexserve.framework.machine import Framework
 from flexserve.framework.order import Range, Ranges
 from flexserve.framework.positions import NONE, Positions
+from flexserve.framework.settings import Settings
 from flexserve.framework.tables import SEGMENT, Impossible, SegmentState, SegmentTrigger
 from flexserve.framework.weights import FEW, Ledger, Part, Weights
 
 from .test_caching import weights as models
 
-NO_DEADLINE = settings(deadline=None)  # the machine may be busy
+NO_DEADLINE = hypothesis_settings(deadline=None)  # the machine may be busy
 STATES = {
     SegmentState.ABSENT: (),
     SegmentState.LOADING: (SegmentTrigger.LOAD,),
@@ -138,3 +146,33 @@ def test_an_empty_set_takes_no_step() -> None:
     model = Weights([Part(0, 3, 10, 30)], Ledger())
     assert model.apply(SegmentTrigger.RECALLED, NONE) == 0
     assert model.positions(()) == NONE
+
+
+def calls(work: Callable[[], object]) -> int:
+    """How many Python functions it calls; what is done in C does not count."""
+    count = 0
+
+    def look(_frame: FrameType, what: str, _argument: object) -> None:
+        nonlocal count
+        count += what == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize(
+    "event", [ev.PressureRecall(1, 1 << 40), ev.PressureRecall(1, 700), ev.Offer(1 << 40)]
+)
+def test_a_decision_does_no_more_steps_where_the_segments_are_scattered(event: ev.Event) -> None:
+    def steps(there: tuple[Range, ...]) -> int:
+        framework = Framework(Settings(budget_bytes=1 << 40, cap_bytes=1 << 40, floor_bytes=0))
+        framework.handle(0.0, ev.ModelRegistered("a", (Part(0, 4000, 1, 4000),), 1, 100))
+        framework.handle(0.0, ev.SegmentsChanged("a", SegmentTrigger.PLACED, there))
+        return calls(lambda: framework.handle(1.0, event))
+
+    assert steps(tuple(Range(n, 1) for n in range(0, 4000, 4))) <= 2 * steps((Range(0, 1000),))

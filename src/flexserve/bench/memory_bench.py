@@ -2,6 +2,7 @@
 
 Random weights in a true shape, random prompt ids from a printed seed, greedy. Parts can be measured alone:
 
+    decision  what the Framework takes to decide, with 20 models of scattered segments (decisions.py)
     recall    recalls of 128 MiB, 1 GiB and all, idle and during an answer (recalls.py)
     refill    bringing weights back from the page cache, by processor time (cached.py)
     lazy      handing memory to the kernel (lazy.py)
@@ -25,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Usage
-from . import background, cached, lazy, machine, processor, recalls, session
+from . import background, cached, decisions, lazy, machine, processor, recalls, session
 from .cold_start import random_prompt
 from .files import BenchModel, Progress, Say, prepare_model
 from .processor import BUSY_CORES, BUSY_S
 from .sides import SealedWorld, Settings
 from .stats import Spread
 
-PARTS = ("recall", "refill", "lazy", "cached", "session", "pressure")
+PARTS = ("decision", "recall", "refill", "lazy", "cached", "session", "pressure")
 USUAL_PARTS = PARTS[:-1]  # pressure takes nearly all memory of the machine: only if asked for
 SOURCES = ("page_cache", "storage")  # where the ciphertext of the absent part is
 SMALLEST_CONTEXT = 2048
@@ -102,6 +103,7 @@ def headline(found: dict[str, Any]) -> dict[str, float | None]:
     of = {(row["asked"], row["during"]): row for row in rows}
     whole, small = of.get(("all", "idle")), of.get(("128 MiB", "idle"))
     return {
+        "decision_ms": _longest(found["decision"]),
         "recall_gbps": whole and whole["gbps"]["median"],
         "recall_first_byte_ms": small and small["first_byte_ms"]["median"],
         "async_return_ms_128mib": small and small["async_ms"]["median"],
@@ -111,6 +113,15 @@ def headline(found: dict[str, Any]) -> dict[str, float | None]:
         "ttft_three_quarters_cached_vs_resident": _vs_resident(found["cached"], 0.75),
         "session_restore_vs_recompute": found["session"] and found["session"]["restore_vs_recompute"],
     }
+
+
+def _longest(rows: Sequence[dict[str, Any]] | None) -> float | None:
+    """Of the decisions about as many segments as the promise is for."""
+    return (
+        max((row["ms"] for row in rows if row["segments"] == decisions.SEGMENTS[0]), default=None)
+        if rows
+        else None
+    )
 
 
 def _vs_resident(rows: Sequence[dict[str, Any]] | None, fraction: float) -> float | None:
@@ -143,6 +154,22 @@ class _Bench:
 
     def _rounds(self) -> range:
         return range(self._options.rounds)
+
+    def decision(self) -> list[dict[str, Any]]:
+        rows = [
+            {
+                "event": one.event,
+                "segments": one.segments,
+                "stretches": one.stretches,
+                "ms": one.seconds * 1e3,
+            }
+            for one in decisions.measure()
+        ]
+        longest = max(rows, key=lambda row: row["ms"])
+        self._say(
+            f"longest decision {longest['ms']:.2f} ms: {longest['event']}, {longest['segments']} segments"
+        )
+        return rows
 
     def recall(self) -> list[dict[str, Any]]:
         rows = []

@@ -54,7 +54,7 @@ def memory(
 ) -> None:
     """What it costs to give memory back and to get it again.
 
-    The parts are recall, refill, lazy, cached, session and pressure (docs/benchmarks.md). `pressure` holds nearly all
+    The parts are decision, recall, refill, lazy, cached, session and pressure (docs/benchmarks.md). `pressure` holds nearly all
     memory of the machine for a minute or two: do not run it beside anything that must not be killed.
     """
     from ..bench.memory_bench import USUAL_PARTS, MemoryOptions, run
@@ -82,6 +82,7 @@ def memory(
 
 
 PROMISES = {
+    "decision_ms": "<= 1",
     "recall_gbps": ">= 10",
     "recall_first_byte_ms": "<= 1",
     "async_return_ms_128mib": "<= 3",
