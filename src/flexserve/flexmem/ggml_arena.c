@@ -312,10 +312,8 @@ struct arena_type *flex_type_new(const char *name, void *base, const struct ggml
 
 void flex_type_place(struct arena_type *a, const char *tensor, uint32_t repacked, uint64_t offset, uint64_t nbytes) {
     struct place *p = &a->places[a->count++];
+    *p = (struct place){.repacked = repacked, .offset = offset, .nbytes = nbytes};
     strncpy(p->name, tensor, sizeof p->name - 1);
-    p->repacked = repacked;
-    p->offset = offset;
-    p->nbytes = nbytes;
 }
 
 void flex_type_sort(struct arena_type *a) { qsort(a->places, a->count, sizeof *a->places, by_name); }
