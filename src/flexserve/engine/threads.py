@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import EngineIncompatible
 from ..flexmem.ggml import ggml_base
-from ..flexmem.loader import PROCESSORS
+from ..flexmem.processors import PROCESSORS
 
 _MAX_PROCESSORS = 512  # GGML_MAX_N_THREADS
 

@@ -24,6 +24,7 @@ from ..errors import EngineFailure, FlexServeError
 from ..framework.effects import Priority
 from ..framework.order import Range
 from .arena import Arena, SegmentState, Span
+from .processors import PROCESSORS
 from .source import Source, Staging
 from .uffd import Userfaultfd
 
@@ -32,7 +33,6 @@ FAULT_TIMEOUT_S = 60.0  # storage that is silent for longer ends the request
 WATCH_PERIOD_S = 1.0
 REPORT_BYTES = 32 << 20  # of planned spans; those that compute waited for are told of at once
 REPORT_PERIOD_S = 0.02
-PROCESSORS = frozenset(os.sched_getaffinity(0))  # this process's, when no thread is bound yet
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class Loader:
             moved = self.arena.place(span, staging.address, movable=True)
             placed = time.perf_counter()
             if moved:
-                staging.moved()
+                staging.moved(moved)
             if self._trace is not None:
                 read = begun + took.read_s
                 stages = (begun, read, read + took.decrypt_s, start, placed)

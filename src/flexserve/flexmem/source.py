@@ -53,10 +53,15 @@ class Staging:
             libc.memset(self.address, 0, len(self.plain))
             self.used = False
 
-    def moved(self) -> None:
-        """The plaintext has been moved away as a huge page: begin a new one."""
-        uffd.renew(self.address, uffd.HUGE_PAGE)
-        _advise(self.address, uffd.HUGE_PAGE)
+    def moved(self, nbytes: int) -> None:
+        """So much of the plaintext has been moved away: begin a new huge page.
+
+        A whole one leaves nothing behind. The address range is made anew only after a part: that takes the
+        process's memory lock, for which every other worker's first touch would have to end before.
+        """
+        if nbytes < uffd.HUGE_PAGE:
+            uffd.renew(self.address, uffd.HUGE_PAGE)
+            _advise(self.address, uffd.HUGE_PAGE)
         self._fresh = True
         self.used = False
 

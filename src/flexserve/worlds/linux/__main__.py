@@ -12,6 +12,7 @@ import sys
 from ...engine.template import TemplateZygote
 from ...engine.template_process import Confine
 from ...errors import EngineFailure
+from ...flexmem import processors  # noqa: F401 - notes them, before llama.cpp is loaded
 from ...sealed.secret import use_ordinary_memory
 from .channel import Channel, ChannelBroken, Measures, ToSecure, failed
 from .hardening import (
