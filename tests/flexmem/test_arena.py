@@ -17,6 +17,8 @@ from flexserve.flexmem.uffd import MADV_DONTNEED, Userfaultfd
 
 from .helpers import Image, Toucher, eventually, holds, indices, place_all, regions, states, touch
 
+MADV_NOHUGEPAGE = 15
+
 
 def smaps(arena: Arena, field: str) -> int:
     """Bytes of one field of /proc/self/smaps in the mappings that make up the arena."""
@@ -34,6 +36,25 @@ def kernel_takes(arena: Arena, index: int, *pages: int) -> None:
     assert arena.state(index) == SegmentState.LAZY
     for number in pages:
         uffd.advise(arena.base + arena.span(index).offset + number * PAGE_SIZE, PAGE_SIZE, MADV_DONTNEED)
+
+
+def page_tables() -> int:
+    """Bytes of this process's page tables."""
+    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmPTE"))
+    return int(line.split()[1]) << 10
+
+
+def frees_page_tables() -> bool:
+    """Whether this kernel frees page tables when it frees the last page behind them."""
+    length = 64 << 20
+    address = uffd.reserve(length)
+    uffd.advise(address, length, MADV_NOHUGEPAGE)
+    uffd.advise(address, length, uffd.MADV_POPULATE_WRITE)
+    tables = page_tables()
+    uffd.advise(address, length, MADV_DONTNEED)
+    freed = tables - page_tables()
+    uffd.release(address, length)
+    return freed > 0
 
 
 def serve(arena: Arena, faults: Userfaultfd, image: Image) -> None:
@@ -152,6 +173,46 @@ def test_a_touched_segment_is_claimed_as_a_whole_and_once(
     assert (span.first, span.count) == (4, 1)
     arena.place(span, image.address + span.offset)
     assert [t.result() for t in threads] == [image[first : first + 1], image[second : second + 1]]
+
+
+@pytest.mark.parametrize(
+    ("touched", "absent", "claimed"),
+    [(0, (0, 1), (0, 2)), (1, (0, 1), (0, 2)), (1, (1,), (1, 1)), (2, (1, 2), (2, 1)), (4, (3, 4), (4, 1))],
+)
+def test_a_touched_segment_is_claimed_with_the_other_one_of_its_huge_page(
+    faults: Userfaultfd, touched: int, absent: tuple[int, ...], claimed: tuple[int, int]
+) -> None:
+    """The last of five segments is half of a huge page by itself, and shorter."""
+    mib = 1 << 20
+    arena = Arena(regions((16 << 10, 64 << 10), (mib, 5 * mib - 5)), faults)
+    image = Image(arena.length)
+    place_all(arena, image)
+    body = arena.regions[1].first_segment
+    arena.recall(body + i for i in absent)
+    toucher = Toucher(arena.base + arena.span(body + touched).offset)
+    spans: list[Span] = []
+    eventually(lambda: [spans.append(s) for a in faults.faults() if (s := arena.claim_fault(a - arena.base))])
+    (span,) = spans
+    assert (span.first - body, span.count) == claimed
+    arena.place(span, image.address + span.offset)
+    toucher.result()
+    arena.close()
+
+
+def test_a_recall_leaves_no_page_table_where_a_huge_page_would_have_to_be_split(faults: Userfaultfd) -> None:
+    mib = 1 << 20
+    arena = Arena(regions((16 << 10, 64 << 10), (mib, 64 * mib)), faults)
+    image = Image(arena.length)
+    place_all(arena, image)  # by copies: page by page
+    tables = page_tables()
+    arena.recall(indices(arena.regions))
+    freed = tables - page_tables()
+    arena.close()
+    if not frees_page_tables():
+        pytest.skip(
+            "this kernel keeps empty page tables (it frees them from Linux 6.14 on, with CONFIG_PT_RECLAIM)"
+        )
+    assert freed >= 24 * PAGE_SIZE, freed
 
 
 def test_the_gap_between_the_regions_reads_as_zeros(arena: Arena, faults: Userfaultfd, image: Image) -> None:

@@ -162,7 +162,10 @@ class Arena:
             return self.span(first, count)
 
     def claim_fault(self, offset: int) -> Span | None:
-        """What to load because a thread waits at an image offset; None when nothing is to be done (any more)."""
+        """What to load because a thread waits at an image offset; None when nothing is to be done (any more).
+
+        The segment there, perhaps with the other one of the same huge page.
+        """
         page = offset & ~(PAGE_SIZE - 1)
         with self._lock:
             index = self.segment_at(offset)
@@ -178,8 +181,22 @@ class Arena:
                     self._wake(page, PAGE_SIZE)  # placed between the fault and now
                     return None
                 self._drop_lost(span)
-            self._state[index] = SegmentState.LOADING
-            return span
+            first, count = self._absent_around(index)
+            self._mark(first, count, SegmentState.LOADING)
+            return self.span(first, count)
+
+    def _absent_around(self, index: int) -> tuple[int, int]:
+        """An absent segment and, where two make one huge page, its neighbour if that is absent too: both are placed
+        faster than one. The first, and how many. Call with the lock held."""
+        span = self.span(index)
+        if 2 * span.length != uffd.HUGE_PAGE:
+            return index, 1
+        other = index - 1 if (self.base + span.offset) % uffd.HUGE_PAGE else index + 1
+        if self.segment_at(span.offset + (other - index) * span.length) != other:
+            return index, 1
+        if self._state[other] != SegmentState.ABSENT or self.span(other).length != span.length:
+            return index, 1
+        return min(index, other), 2
 
     def _mark(self, first: int, count: int, state: SegmentState) -> None:
         self._state[first : first + count] = bytes([state]) * count
@@ -262,6 +279,9 @@ class Arena:
                     self._note(passed, span.first, span.count)
                     continue
                 away = uffd.move_away(self.base + span.offset, span.length)
+                with contextlib.suppress(OSError):  # before Linux 5.18
+                    # Frees page tables that are empty now (Linux 6.14): a whole huge page can be moved here again.
+                    uffd.advise(self.base + span.offset, span.length, uffd.MADV_DONTNEED_LOCKED)
                 self._mark(span.first, span.count, SegmentState.ABSENT)
                 self._note(SegmentTrigger.RECALLED, span.first, span.count)
                 self.counters.recalled_bytes += span.length

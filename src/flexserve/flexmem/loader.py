@@ -251,7 +251,7 @@ class Loader:
             moved = self.arena.place(span, staging.address, movable=True)
             placed = time.perf_counter()
             if moved:
-                staging.moved(moved)
+                staging.moved()
             if self._trace is not None:
                 read = begun + took.read_s
                 stages = (begun, read, read + took.decrypt_s, start, placed)

@@ -19,6 +19,8 @@ from . import uffd
 from .arena import Span
 from .uffd import libc
 
+SLOTS = 64  # huge pages of address space for plaintext; one of them has memory behind it
+
 
 class Staging:
     """A worker's two private buffers: ciphertext as read, and plaintext to be placed, a huge page of it at most.
@@ -30,11 +32,22 @@ class Staging:
 
     def __init__(self) -> None:
         self._cipher = _reserve(2 * uffd.HUGE_PAGE)  # more than a page: the tag goes behind the ciphertext
-        self.address = _reserve(uffd.HUGE_PAGE)
+        self._slots = _reserve(SLOTS * uffd.HUGE_PAGE)
+        self._slot = 0
+        self._all = _view(self._slots, SLOTS * uffd.HUGE_PAGE)
         self.cipher = _view(self._cipher, 2 * uffd.HUGE_PAGE)
-        self.plain = _view(self.address, uffd.HUGE_PAGE)
         self._fresh = True  # whether `plain` has no memory behind it yet
         self.used = False  # whether there may be plaintext in it
+
+    @property
+    def address(self) -> int:
+        """Where `plain` is."""
+        return self._slots + self._slot * uffd.HUGE_PAGE
+
+    @property
+    def plain(self) -> memoryview:
+        at = self._slot * uffd.HUGE_PAGE
+        return self._all[at : at + uffd.HUGE_PAGE]
 
     def populate(self) -> None:
         """Touch fresh memory for the plaintext without the interpreter's lock.
@@ -50,27 +63,30 @@ class Staging:
     def wipe(self) -> None:
         """Zero the plaintext, when the worker has nothing to do."""
         if self.used:
-            libc.memset(self.address, 0, len(self.plain))
+            libc.memset(self.address, 0, uffd.HUGE_PAGE)
             self.used = False
 
-    def moved(self, nbytes: int) -> None:
-        """So much of the plaintext has been moved away: begin a new huge page.
+    def moved(self) -> None:
+        """The plaintext has been moved away: go on with the next slot.
 
-        A whole one leaves nothing behind. The address range is made anew only after a part: that takes the
-        process's memory lock, for which every other worker's first touch would have to end before.
+        The kernel may have left a page table behind, and gives no huge page to a range that has one. All slots are
+        made anew at once, and seldom: that takes the process's memory lock, for which every other worker's first
+        touch has to end before.
         """
-        if nbytes < uffd.HUGE_PAGE:
-            uffd.renew(self.address, uffd.HUGE_PAGE)
-            _advise(self.address, uffd.HUGE_PAGE)
+        self._slot += 1
+        if self._slot == SLOTS:
+            uffd.renew(self._slots, SLOTS * uffd.HUGE_PAGE)
+            _advise(self._slots, SLOTS * uffd.HUGE_PAGE)
+            self._slot = 0
         self._fresh = True
         self.used = False
 
     def close(self) -> None:
         """Zero and give back both buffers; nothing may use them afterwards."""
         self.wipe()
-        del self.cipher, self.plain
+        del self.cipher, self._all
         uffd.release(self._cipher, 2 * uffd.HUGE_PAGE)
-        uffd.release(self.address, uffd.HUGE_PAGE)
+        uffd.release(self._slots, SLOTS * uffd.HUGE_PAGE)
 
 
 def _reserve(length: int) -> int:
