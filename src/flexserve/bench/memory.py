@@ -5,7 +5,8 @@ costs several times the first touch of memory that it backs. Reporting begins 2 
 takes a sixteenth of all free memory every 2 s; the kernel hands out first what was freed last. So a state is only
 true of the moment after it was made, and both are made anew before every measurement:
 
-    backed   this process touches as much as any side may take and frees it just before the measurement
+    backed   this process touches as much as any side may take and frees it just before the measurement, and just
+             after a pass of the reporting where the kernel counts them
     idle     the reporting of whatever was freed before has come to its end
 
 Either way a probe takes a few fresh huge pages last and says what a first touch really costs.
@@ -31,6 +32,8 @@ PROBE_BYTES = 32 * uffd.HUGE_PAGE
 SETTLE_S = 2.5  # longer than the 2 s after which reporting begins
 QUIET_BYTES = 8 << 20  # reported in QUIET_S: less than the probe takes, so that it meets reported memory
 QUIET_S = 5.0
+PASS_S = 2.5  # longest wait for a pass of the reporting: longer than from one to the next
+PASS_OVER_S = 0.1  # nothing was reported for so long
 IDLE_S = 45.0  # longest wait, and the only one where the kernel does not count what it reports
 MADV_NOHUGEPAGE = 15
 
@@ -76,6 +79,19 @@ def reported_bytes() -> int | None:
         return int(_REPORTED.read_text()) * 1024
     except (OSError, ValueError):
         return None
+
+
+def _wait_for_a_pass() -> None:
+    """Until a pass of free page reporting is over, or none comes: the next one is 2 s away."""
+    deadline = time.perf_counter() + PASS_S
+    begun, changed = reported_bytes(), 0.0
+    last = begun
+    while last is not None and (now := time.perf_counter()) < deadline:
+        time.sleep(PASS_OVER_S / 5)
+        if (reported := reported_bytes()) != last:
+            last, changed = reported, now
+        elif last != begun and now - changed > PASS_OVER_S:
+            break
 
 
 class Block:
@@ -152,6 +168,7 @@ class Backed:
 
     def release(self) -> Condition:
         """Everything the measurement gets now is backed."""
+        _wait_for_a_pass()
         self._free()
         return Condition(self._probe.take(), self._prepare_s)
 
