@@ -9,6 +9,7 @@ one to four of them. Every other block adds nothing at first. All of it is then 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
 
 import torch
@@ -18,6 +19,7 @@ from .model import Block, Llama
 
 EMBEDDING = 0.3  # standard deviation
 CONSTANT = 5.0  # the part all embeddings share, in units of that
+SPACE = 2.0  # the part that tells a token with a space before it from the same one without, likewise
 OUTPUT_GAIN = 0.2  # of the last norm: keeps the first logits small
 FAST = 4  # pairs of a head that turn fast enough to tell neighbouring positions apart
 SLOW_FROM = 6  # the pairs from here on hardly turn within a sentence: they compare tokens
@@ -40,20 +42,29 @@ def _frame(rows: int, columns: int) -> Tensor:
 
 
 @torch.no_grad()
-def begin(model: Llama) -> None:
-    """Sets all weights, by torch's random state."""
+def begin(model: Llama, spaced: Mapping[int, int] | None = None) -> None:
+    """Sets all weights, by torch's random state. `spaced` says which token is another one with a space before it: the
+    two begin with the same embedding but for the component that says "a space comes first".
+    """
     shape = model.shape
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
             if name.endswith(("attn_output.weight", "ffn_down.weight")):
                 nn.init.zeros_(weight)
-    # Places in the residual stream: the constant in 0, the token, and the tokens one to four before.
+    # Places in the residual stream: the constant in 0, the token (in 1 whether a space comes before it), and the
+    # tokens one to four before.
     ends = list(accumulate(reversed(PLACES), lambda end, size: end - size, initial=shape.width))
     places = [slice(start, end) for end, start in pairwise(ends)][::-1]
     token = slice(1, places[0].start)
     nn.init.zeros_(model.token_embd.weight)
     model.token_embd.weight[:, token].normal_(std=EMBEDDING)
+    if spaced:
+        bare, joined = torch.tensor(list(spaced.keys())), torch.tensor(list(spaced.values()))
+        model.token_embd.weight[joined] = model.token_embd.weight[bare]
+        model.token_embd.weight[:, 1] = 0
+        model.token_embd.weight[bare, 1] = -SPACE * EMBEDDING
+        model.token_embd.weight[joined, 1] = SPACE * EMBEDDING
     model.token_embd.weight[:, 0] = CONSTANT * EMBEDDING
     model.output_norm.weight.fill_(OUTPUT_GAIN)
     hand_on = _frame(shape.head_dim, token.stop - token.start)

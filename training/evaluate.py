@@ -1,7 +1,7 @@
-"""Runs the committed GGUF through llama.cpp, greedy, and counts exactly right calls.
+"""Runs a committed GGUF through llama.cpp, greedy, and counts exactly right answers.
 
-    python -m training.evaluate             print both figures and every miss
-    python -m training.evaluate --write     and keep them in training/evaluation.json
+    python -m training.evaluate [TASK]             print the figures and every miss; `assistant` without a name
+    python -m training.evaluate [TASK] --write     and keep them in training/evaluation-TASK.json
 
 Needs llama.cpp only: neither PyTorch nor the tokenizer's trainer.
 """
@@ -14,27 +14,19 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .generator import Generator, normalise
-from .schema import Call, read_call
+from .assistant import handwritten
+from .task import Case, Task
+from .tasks import TASKS
 
-HERE = Path(__file__).parent
-MODEL = HERE.parent / "models" / "demo-assistant.gguf"
-HANDWRITTEN = HERE / "handwritten.jsonl"
-RESULT = HERE / "evaluation.json"
-HELD_OUT_COMMANDS = 1000
-HELD_OUT_SEED = 63_000
 MAX_TOKENS = 160
-
-Case = tuple[str, Call]  # a sentence and the call it asks for
 
 
 @dataclass(frozen=True)
 class Score:
-    """How many calls of a set were exactly right, and the others."""
+    """How many answers of a set were exactly right, and the others."""
 
     right: int
     total: int
@@ -45,24 +37,16 @@ class Score:
         return self.right / self.total
 
 
-def handwritten() -> list[Case]:
-    """The 50 sentences written by hand before the generator existed."""
-    lines = HANDWRITTEN.read_text(encoding="utf-8").splitlines()
-    return [(row["say"], row["call"]) for row in map(json.loads, lines)]
+def sets(task: Task) -> dict[str, Sequence[Case]]:
+    """What a task is measured with."""
+    found: dict[str, Sequence[Case]] = {"held_out": task.held_out()}
+    if task.name == "assistant":
+        found["handwritten"] = handwritten()
+    return found
 
 
-def avoided() -> frozenset[str]:
-    """The handwritten sentences in the form in which the generator keeps clear of them."""
-    return frozenset(normalise(say) for say, _ in handwritten())
-
-
-def held_out(count: int = HELD_OUT_COMMANDS, seed: int = HELD_OUT_SEED) -> list[Case]:
-    """Commands made from held-out templates and held-out names."""
-    return [(e.say, e.call) for e in islice(Generator(seed, held_out=True, avoid=avoided()), count)]
-
-
-def assistant(model: Path, threads: int = 2) -> Callable[[str], str]:
-    """A function from a sentence to the model's greedy answer."""
+def answers(model: Path, threads: int = 2) -> Callable[[str], str]:
+    """A function from what is said to the model's greedy answer."""
     import llama_cpp
 
     llama = llama_cpp.Llama(str(model), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
@@ -76,12 +60,12 @@ def assistant(model: Path, threads: int = 2) -> Callable[[str], str]:
     return answer
 
 
-def score(cases: Sequence[Case], answer: Callable[[str], str]) -> Score:
-    """Exactly right means: the last line is JSON equal to the expected call, no key more or less."""
+def score(task: Task, cases: Sequence[Case], answer: Callable[[str], str]) -> Score:
+    """Exactly right means: the answer reads as what was wanted, nothing more or less."""
     misses = []
     for say, want in cases:
         got = answer(say)
-        if read_call(got) != want:
+        if task.read(got) != want:
             misses.append({"say": say, "want": want, "got": got})
     return Score(len(cases) - len(misses), len(cases), tuple(misses))
 
@@ -92,26 +76,30 @@ def digest(model: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate", description="evaluate the demo model"
+        prog="python -m training.evaluate", description="evaluate one of the demo models"
     )
-    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("task", nargs="?", choices=list(TASKS), default="assistant")
+    parser.add_argument("--model", type=Path, help="another file than the committed one")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="write training/evaluation.json")
+    parser.add_argument("--quiet", action="store_true", help="figures only, no misses")
+    parser.add_argument("--write", action="store_true", help="write training/evaluation-TASK.json")
     args = parser.parse_args(argv)
-    answer = assistant(args.model, args.threads)
-    result: dict[str, Any] = {"model": args.model.name, "sha256": digest(args.model)}
-    for name, cases in (("held_out", held_out()), ("handwritten", handwritten())):
+    task = TASKS[args.task]
+    model = args.model or task.model
+    answer = answers(model, args.threads)
+    result: dict[str, Any] = {"model": model.name, "sha256": digest(model)}
+    for name, cases in sets(task).items():
         began = time.monotonic()
-        scored = score(cases, answer)
+        scored = score(task, cases, answer)
         result[name] = {"right": scored.right, "total": scored.total, "share": round(scored.share, 4)}
         result[name]["misses"] = list(scored.misses)
-        for miss in scored.misses:
+        for miss in () if args.quiet else scored.misses:
             print(f"  {miss['say']}\n    want {json.dumps(miss['want'])}\n    got  {miss['got']!r}")
         print(
             f"{name}: {scored.right} of {scored.total} ({scored.share:.1%}), {time.monotonic() - began:.0f} s"
         )
     if args.write:
-        RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        task.result.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

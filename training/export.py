@@ -25,17 +25,9 @@ class Card:
 
     name: str
     description: str
-    version: str
+    version: str = "1"
     license: str = "apache-2.0"
     author: str = "FlexServe"
-
-
-DEMO = Card(
-    "FlexServe demo assistant",
-    "Turns English sentences about alarms, reminders, lights, notifications and messages into a short answer "
-    "and one JSON tool call. Trained from scratch on generated text.",
-    "1",
-)
 
 
 def write(path: Path, shape: Shape, weights: Mapping[str, torch.Tensor], bpe: Tokenizer, card: Card) -> None:
@@ -78,8 +70,14 @@ def write(path: Path, shape: Shape, weights: Mapping[str, torch.Tensor], bpe: To
 
 def _write_vocabulary(writer: gguf.GGUFWriter, bpe: Tokenizer) -> None:
     tokens = [bpe.id_to_token(i) for i in range(bpe.get_vocab_size())]
-    kinds = [gguf.TokenType.CONTROL if token in SPECIAL else gguf.TokenType.NORMAL for token in tokens]
-    merges = [" ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    state = json.loads(bpe.to_str())
+    # Tokens that no merge yields are found in the text as they stand: the marks only where a template writes them.
+    kinds = [gguf.TokenType.NORMAL] * len(tokens)
+    for token in state["added_tokens"]:
+        kinds[token["id"]] = (
+            gguf.TokenType.CONTROL if token["content"] in SPECIAL else gguf.TokenType.USER_DEFINED
+        )
+    merges = [" ".join(pair) for pair in state["model"]["merges"]]
     end = tokens.index(END)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(PRE_TOKENIZER)

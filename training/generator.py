@@ -6,23 +6,17 @@ names, the training side neither. A sentence that a person wrote by hand for the
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from random import Random
 
 from . import phrases
+from .forms import choose, fill, normalise, templates, trained
 from .phrases import When, spoken_time
 from .schema import SPANS, Call, Example, Value
-from .text import items, sections
-from .words import SPLIT, Words
+from .text import items
+from .words import LISTED, Words
 
-TEMPLATE_HELD_OUT_SHARE = 0.12
-
-_CHOICE = re.compile(r"\(([^()]*)\)")
-_SLOT = re.compile(r"\{(\w+)\}")
 _FRAMES = items("frames")
 _QUESTIONS = ("can you", "could you", "would you", "will you", "are you able", "is it possible")
 
@@ -56,35 +50,6 @@ INTENTS: dict[str, float] = {
     "about": 0.7,
     "other": 9,
 }
-
-
-@cache
-def templates(intent: str, held_out: bool) -> tuple[str, ...]:
-    """The lines of one intent on one side of the split; a line written twice is drawn twice as often."""
-    lines = sections("templates")[intent]
-    by_digest = sorted(set(lines), key=lambda line: hashlib.sha256(f"{SPLIT}/{line}".encode()).digest())
-    chosen = set(by_digest[: max(1, round(TEMPLATE_HELD_OUT_SHARE * len(by_digest)))])
-    return tuple(line for line in lines if (line in chosen) == held_out)
-
-
-def spellings(template: str) -> list[str]:
-    """The template with its alternatives chosen in every possible way, slots still open."""
-    found = _CHOICE.search(template)
-    if found is None:
-        return [template]
-    before, after = template[: found.start()], template[found.end() :]
-    return [full for choice in found[1].split("|") for full in spellings(before + choice + after)]
-
-
-@cache
-def _trained(intent: str) -> frozenset[str]:
-    """What the training side's templates of an intent can say."""
-    return frozenset(normalise(say) for line in templates(intent, False) for say in spellings(line))
-
-
-def normalise(say: str) -> str:
-    """A sentence without case and punctuation, to compare it with others."""
-    return " ".join(re.sub(r"[^\w\s:']", " ", say.lower()).split())
 
 
 @dataclass
@@ -321,7 +286,10 @@ def _minutes(value: Value) -> str:
 
 
 def reply(call: Call) -> str:
-    """The natural half of the answer. One form per call: greedy decoding has nothing to waver about."""
+    """The natural half of the answer. One form per call: greedy decoding has nothing to waver about.
+
+    Names and texts are in the call only: copied once they are half the work, and half the mistakes.
+    """
     tool = str(call["tool"])
     if tool == "set_alarm":
         return f"Alarm set{_when(call).replace(' at ', ' for ', 1)}."
@@ -332,13 +300,13 @@ def reply(call: Call) -> str:
     if tool == "set_reminder":
         soon = f" in {_minutes(call['in_minutes'])}" if "in_minutes" in call else ""
         return f"I'll remind you{_when(call)}{soon}."
-    where = "All lights" if call.get("room") == "all" else f"Lights in {call.get('room')}"
     if tool == "set_lights":
+        where = "All lights" if call["room"] == "all" else "Lights"
         if "brightness" in call:
             return f"{where} set to {call['brightness']}%."
         state = {"dim": "dimmed", "bright": "brightened"}.get(str(call.get("state")), str(call.get("state")))
         return f"{where} {call.get('color', state)}."
-    what = "all notifications" if call.get("app") == "all" else f"{call.get('app')} notifications"
+    what = "all notifications" if call.get("app") == "all" else "these notifications"
     if tool == "read_notifications":
         return f"Here are {what}."
     if tool == "clear_notifications":
@@ -349,7 +317,7 @@ def reply(call: Call) -> str:
     if tool == "unmute_notifications":
         return f"Unmuted {what}."
     if tool == "send_message":
-        return f"Message to {call['to']}."
+        return "Sending your message."
     raise ValueError(f"{tool!r} has no reply")
 
 
@@ -374,25 +342,24 @@ class Generator:
     def _one(self) -> Example | None:
         """None where a held-out template happens to say what a training template can say too."""
         intent = self.rng.choices(list(INTENTS), list(INTENTS.values()))[0]
-        template = self.rng.choice(templates(intent, self.held_out))
+        template = self.rng.choice(templates("templates", intent, self.held_out))
         asks = intent in _CALLS
         draft = _Draft(self.rng, self.words, dict(_CALLS.get(intent, {"tool": "none"})))
         template, _, kind = template.partition("#")
         if kind in {"dim", "bright"}:
             draft.call["state"] = kind
-        say = template.removeprefix("= ")
-        while _CHOICE.search(say):  # from the inside out
-            say = _CHOICE.sub(lambda m: self.rng.choice(m[1].split("|")), say)
-        if self.held_out and normalise(say) in _trained(intent):
+        say = choose(self.rng, template.removeprefix("= "))
+        if self.held_out and normalise(say) in trained("templates", intent):
             return None
-        say = _SLOT.sub(lambda m: draft.fill(m[1], asks), say)
+        say = fill(say, lambda slot: draft.fill(slot, asks))
         say = " ".join(say.split()).replace(" ,", ",").replace(" :", ":")
-        say = self._frame(say, sentence=template.startswith("= "), free_end=intent == "message")
+        say = say.replace(" 's ", "'s ").replace(" n't", "n't")
+        say = self._frame(say, draft.call, sentence=template.startswith("= "), free_end=intent == "message")
         example = Example(say, "", draft.call)
         example = self._noise(example)
         return replace(example, reply=reply(example.call) if asks else _NONE_REPLIES[intent])
 
-    def _frame(self, say: str, sentence: bool, free_end: bool) -> str:
+    def _frame(self, say: str, call: Call, sentence: bool, free_end: bool) -> str:
         """Politeness in front and behind; with `free_end` not behind, where it would join the message."""
         rng, question = self.rng, False
         if not sentence and rng.random() < 0.42:
@@ -410,7 +377,10 @@ class Generator:
             say = f"{reason}{rng.choice([', ', ', ', ' so ', ', so '])}{say}"
         elif where < 0.07 and not free_end:
             say = f"{say}{rng.choice([', ', ', ', ' because ', ' since '])}{reason}"
-        if rng.random() < 0.55:
+        # The call has a room or a text as it is written inside a sentence. Whether an invented word is a name,
+        # and keeps a capital letter, nobody could tell.
+        copied = any(say.startswith(str(call[key])) for key in SPANS & set(call))
+        if rng.random() < 0.55 and not (copied and say.split()[0].strip(",:").lower() not in LISTED):
             say = say[0].upper() + say[1:]
         end = rng.random()
         if question:

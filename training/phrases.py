@@ -231,11 +231,11 @@ def loose_day(rng: Random) -> When:
 def duration(rng: Random) -> When:
     """A span of time: "20 minutes", "an hour and a half"."""
     style = rng.random()
-    if style < 0.5:
+    if style < 0.45:
         n = rng.randrange(5, 95, 5) if rng.random() < 0.5 else rng.randint(1, 120)
         unit = "minute" if n == 1 else rng.choice(["minutes"] * 5 + ["mins", "min"])
         return When(f"{_number(rng, n)} {unit}", minutes=n)
-    if style < 0.72:
+    if style < 0.65:
         return rng.choice(
             [
                 When("half an hour", minutes=30),
@@ -258,11 +258,11 @@ def duration(rng: Random) -> When:
         )
     n = rng.randint(1, 12) if rng.random() < 0.6 else rng.randint(2, 4)
     unit = "hour" if n == 1 else rng.choice(["hours"] * 5 + ["hrs"])
-    if style < 0.86:
+    if style < 0.78:
         return When(f"{_number(rng, n)} {unit}", minutes=60 * n)
-    if style < 0.92 and n > 1:
+    if style < 0.84 and n > 1:
         return When(f"{_number(rng, n)} and a half hours", minutes=60 * n + 30)
-    m = rng.randrange(5, 60, 5)
+    m = rng.randrange(5, 60, 5) if rng.random() < 0.9 else rng.randint(2, 59)
     joint = rng.choice([" and ", " and ", " ", ", "])
     hours = "an hour" if n == 1 and rng.random() < 0.6 else f"{_number(rng, n)} {unit}"
     return When(f"{hours}{joint}{_number(rng, m)} minutes", minutes=60 * n + m)

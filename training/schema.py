@@ -31,6 +31,21 @@ NUMBERS = frozenset({"minutes", "in_minutes", "brightness"})
 SPANS = frozenset({"text", "to", "room", "app"})
 
 
+def fixed_pieces() -> list[str]:
+    """Everything of a call but its values, in the pieces between them: `{"tool":"set_alarm","time":"`, `","day":"`."""
+    pieces = {'"}'}
+    for tool, (needed, optional) in TOOLS.items():
+        opening = f'{{"tool":"{tool}"'
+        pieces.add(opening + ("," + _key(needed[0]) if needed else "}"))
+        pieces |= {'",' + _key(key) for key in (*needed[1:], *optional)}
+    return sorted(pieces)
+
+
+def _key(key: str) -> str:
+    """A key up to where its value begins."""
+    return f'"{key}":' + ("" if key in NUMBERS else '"')
+
+
 @dataclass(frozen=True)
 class Example:
     """A sentence, the short natural answer to it, and the one call it asks for."""

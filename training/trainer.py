@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -84,14 +84,18 @@ def _optimizers(model: Llama, plan: Plan) -> list[torch.optim.Optimizer]:
 def train(
     shape: Shape,
     source: Iterator[Encoded],
+    spaced: Mapping[int, int],
     plan: Plan,
+    *,
     checkpoint: Path,
     log: Callable[[str], None] = print,
 ) -> Llama:
-    """Train from scratch; writes the weights to `checkpoint` every 250 steps and at the end."""
+    """Train from scratch, `spaced` tokens beginning alike (see `begin`); writes the weights to `checkpoint` every 250
+    steps and at the end.
+    """
     torch.manual_seed(plan.seed)
     model = Llama(shape)
-    begin(model)
+    begin(model, spaced)
     # The network is narrow: most of its time goes into moving activations between small operations. Compiled with
     # one set of kernels for all lengths it is 1.8 times as fast.
     compiled = torch.compile(model, dynamic=True)

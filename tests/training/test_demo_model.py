@@ -10,30 +10,33 @@ import jinja2
 import llama_cpp
 import pytest
 from training.schema import read_call
+from training.task import Task
+from training.tasks import TASKS
 
 from training import evaluate
 
 Answer = Callable[[str], str]
+ASSISTANT = TASKS["assistant"]
+TARGETS = {("assistant", "held_out"): 0.95, ("assistant", "handwritten"): 0.80}
+BEHIND = {("assistant", "held_out"): "see docs/demo-model.md"}
 
 
 @pytest.fixture(scope="module")
 def answer() -> Answer:
-    return evaluate.assistant(evaluate.MODEL)
+    return evaluate.answers(ASSISTANT.model)
 
 
-@pytest.fixture(scope="module")
-def recorded() -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(evaluate.RESULT.read_text(encoding="utf-8"))
+def recorded(task: Task) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(task.result.read_text(encoding="utf-8"))
     return result
 
 
-def test_the_committed_evaluation_is_of_the_committed_model(recorded: dict[str, Any]) -> None:
-    assert recorded["sha256"] == evaluate.digest(evaluate.MODEL)
-
-
-def test_the_committed_evaluation_is_of_the_committed_sentences(recorded: dict[str, Any]) -> None:
-    for name, cases in (("held_out", evaluate.held_out()), ("handwritten", evaluate.handwritten())):
-        part = recorded[name]
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_the_committed_evaluation_is_of_the_committed_model_and_sentences(task: Task) -> None:
+    result = recorded(task)
+    assert result["sha256"] == evaluate.digest(task.model)
+    for name, cases in evaluate.sets(task).items():
+        part = result[name]
         assert part["total"] == len(cases)
         assert part["right"] + len(part["misses"]) == len(cases)
         wanted = dict(cases)
@@ -41,38 +44,41 @@ def test_the_committed_evaluation_is_of_the_committed_sentences(recorded: dict[s
 
 
 @pytest.mark.parametrize(
-    ("name", "share"),
+    ("task", "name"),
     [
         pytest.param(
-            "held_out",
-            0.95,
-            marks=pytest.mark.xfail(strict=True, reason="864 of 1,000, see docs/demo-model.md"),
-        ),
-        ("handwritten", 0.80),
+            *key, marks=[pytest.mark.xfail(strict=True, reason=BEHIND[key])] if key in BEHIND else []
+        )
+        for key in TARGETS
     ],
 )
-def test_the_committed_model_reaches_its_target(recorded: dict[str, Any], name: str, share: float) -> None:
-    assert recorded[name]["right"] >= share * recorded[name]["total"]
+def test_the_committed_model_reaches_its_target(task: str, name: str) -> None:
+    part = recorded(TASKS[task])[name]
+    assert part["right"] >= TARGETS[task, name] * part["total"]
 
 
-def test_the_docs_quote_the_committed_figures(recorded: dict[str, Any]) -> None:
-    text = (evaluate.MODEL.parent.parent / "docs" / "demo-model.md").read_text(encoding="utf-8")
-    for name in ("held_out", "handwritten"):
-        part = recorded[name]
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_the_docs_quote_the_committed_figures(task: Task) -> None:
+    text = (task.model.parent.parent / "docs" / "demo-model.md").read_text(encoding="utf-8")
+    for name in evaluate.sets(task):
+        part = recorded(task)[name]
         assert f"{part['right']} of {part['total']:,} ({part['share']:.1%})" in text
 
 
-def test_the_model_is_at_most_five_megabytes() -> None:
-    assert evaluate.MODEL.stat().st_size <= 5_000_000
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_a_model_is_at_most_five_megabytes(task: Task) -> None:
+    assert task.model.stat().st_size <= 5_000_000
 
 
-@pytest.mark.parametrize("name", ["held_out", "handwritten"])
-def test_a_sample_is_answered_as_recorded(answer: Answer, recorded: dict[str, Any], name: str) -> None:
-    cases = evaluate.held_out(40) if name == "held_out" else evaluate.handwritten()[::2]
-    missed = {miss["say"] for miss in recorded[name]["misses"]}
-    expected = sum(say not in missed for say, _ in cases)
-    scored = evaluate.score(cases, answer)
-    assert abs(scored.right - expected) <= 2, "another processor may round a close call the other way"
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_a_sample_is_answered_as_recorded(task: Task) -> None:
+    answer = evaluate.answers(task.model)
+    for name, cases in evaluate.sets(task).items():
+        part = cases[:40] if name == "held_out" else cases[::2]
+        missed = {miss["say"] for miss in recorded(task)[name]["misses"]}
+        expected = sum(say not in missed for say, _ in part)
+        scored = evaluate.score(task, part, answer)
+        assert abs(scored.right - expected) <= 2, "another processor may round a close call the other way"
 
 
 def test_an_answer_is_one_sentence_and_one_call(answer: Answer) -> None:
@@ -89,7 +95,7 @@ def test_what_it_cannot_do_ends_in_no_tool(answer: Answer, say: str) -> None:
 
 
 def test_the_chat_template_lays_messages_out_as_in_training() -> None:
-    template = llama_cpp.Llama(str(evaluate.MODEL), vocab_only=True, verbose=False).metadata[
+    template = llama_cpp.Llama(str(ASSISTANT.model), vocab_only=True, verbose=False).metadata[
         "tokenizer.chat_template"
     ]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi {{ 1 }}"}]
@@ -102,10 +108,10 @@ def test_the_chat_template_lays_messages_out_as_in_training() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["held_out", "handwritten"])
-def test_the_whole_sets_give_the_recorded_figures(
-    answer: Answer, recorded: dict[str, Any], name: str
-) -> None:
-    cases = evaluate.held_out() if name == "held_out" else evaluate.handwritten()
-    scored = evaluate.score(cases, answer)
-    assert abs(scored.right - recorded[name]["right"]) <= max(2, len(cases) // 100), scored.misses
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_the_whole_sets_give_the_recorded_figures(task: Task) -> None:
+    answer = evaluate.answers(task.model)
+    for name, cases in evaluate.sets(task).items():
+        scored = evaluate.score(task, cases, answer)
+        right = recorded(task)[name]["right"]
+        assert abs(scored.right - right) <= max(2, len(cases) // 100), scored.misses

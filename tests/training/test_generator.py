@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training.evaluate import avoided, held_out
-from training.generator import INTENTS, Generator, normalise, spellings, templates
+from training.assistant import TASK, avoided
+from training.forms import normalise, spellings, templates
+from training.generator import INTENTS, Generator
 from training.schema import SPANS, TOOLS, check_call, read_call, write_call
 from training.text import sections
 from training.words import Words, is_held_out
@@ -30,7 +31,7 @@ def test_the_same_seed_writes_the_same_sentences() -> None:
 def test_no_template_is_on_both_sides_and_every_command_is_held_out_somewhere() -> None:
     assert set(INTENTS) == set(sections("templates"))
     for intent in INTENTS:
-        training, kept = set(templates(intent, False)), set(templates(intent, True))
+        training, kept = set(templates("templates", intent, False)), set(templates("templates", intent, True))
         assert training and kept
         assert not training & kept
         assert training | kept == set(sections("templates")[intent])
@@ -48,7 +49,7 @@ def test_no_held_out_wording_can_be_said_by_a_training_template() -> None:
     trained = {
         normalise(say.removeprefix("= "))
         for intent in INTENTS
-        for template in templates(intent, False)
+        for template in templates("templates", intent, False)
         for say in spellings(template)
         if "{" not in say
     }
@@ -108,7 +109,7 @@ def test_every_call_fits_the_schema_and_copies_its_spans_from_the_sentence(seed:
 def test_both_sides_use_every_tool() -> None:
     for side in (False, True):
         assert {e.call["tool"] for e in islice(Generator(1, held_out=side), 3000)} == set(TOOLS)
-    assert len(held_out(100)) == 100
+    assert len(TASK.held_out(100)) == 100
 
 
 @settings(deadline=None)
