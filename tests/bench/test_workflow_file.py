@@ -62,7 +62,6 @@ def test_a_step_may_wait_for_others_than_the_one_before() -> None:
         (CLASSES, "file: workflow missing"),
         (_workflow(STEP), "file: classes missing"),
         ("[classes]\n" + _workflow(STEP), "file: classes: there is none"),
-        (CLASSES + "workflow = []\n", "classes.workflow: must be a table"),
         ("workflow = []\n" + CLASSES, "workflow: must be a list of at least one"),
         (CLASSES + _workflow(STEP) + "[more]\n", "nothing is known about more"),
         (CLASSES.replace("linux", "moon") + _workflow(STEP), "classes.s: linux missing"),

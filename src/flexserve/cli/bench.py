@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from ..errors import Usage
-from . import bench_memory
-from .bench_options import DIRECTORY, JSON, default_directory, names
-from .common import human_bytes, print_json, progress_bar
+from . import bench_memory, bench_workflows
+from .bench_options import DIRECTORY, JSON, PROMPT_TOKENS, QUANT, SHAPE, THREADS, measure, names
+from .common import human_bytes
 from .display import note, table
 
 
@@ -20,11 +20,9 @@ def command() -> None:
 
 
 @command.command("cold-start")
-@click.option("--shape", default="llama-3.2-1b", show_default=True, help="The model shape (random weights).")
-@click.option("--quant", default="Q8_0", show_default=True, help="F16, Q8_0, Q4_0, Q4_K_M or IQ4_NL.")
-@click.option(
-    "--prompt-tokens", type=click.IntRange(1, 65536), default=128, show_default=True, help="Prompt length."
-)
+@SHAPE
+@QUANT
+@PROMPT_TOKENS
 @click.option(
     "--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds per memory state."
 )
@@ -43,21 +41,11 @@ def command() -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw a timeline of one more cold start into this .png, .svg or .pdf file (needs matplotlib).",
 )
-@click.option("--threads", type=click.IntRange(1, 256), help="Compute threads. [default: all cores]")
+@THREADS
 @DIRECTORY
 @JSON
 def cold_start(
-    *,
-    shape: str,
-    quant: str,
-    prompt_tokens: int,
-    rounds: int,
-    states: tuple[str, ...],
-    sides: tuple[str, ...],
-    plot: Path | None,
-    threads: int | None,
-    directory: Path | None,
-    as_json: bool,
+    *, states: tuple[str, ...], sides: tuple[str, ...], plot: Path | None, as_json: bool, **given: Any
 ) -> None:
     """Time to first token from cold: sealed against plain llama.cpp.
 
@@ -71,52 +59,44 @@ def cold_start(
     if unknown:
         raise Usage(f"no memory state is called {unknown[0]!r}", hint=f"there are {', '.join(MemoryState)}")
     options = ColdStartOptions(
-        shape=shape,
-        quant=quant,
-        prompt_tokens=prompt_tokens,
-        rounds=rounds,
-        states=tuple(MemoryState(s) for s in dict.fromkeys(states)),
-        sides=sides or USUAL_SIDES,
-        directory=directory or default_directory(),
-        threads=threads or 0,
+        states=tuple(MemoryState(s) for s in dict.fromkeys(states)), sides=sides or USUAL_SIDES, **given
     )
     if plot is not None:
         from ..bench.plot import require_matplotlib
 
         require_matplotlib()
-    with progress_bar("model") as progress:
-        result = run(options, note, progress)
+    measure(run, options, _cold_start, as_json=as_json)
     if plot is not None:
         draw_one(options, plot, note)
-    if as_json:
-        print_json(result)
-        return
-    for state, part in result["states"].items():
-        click.echo(f"\n{state} memory, medians of {rounds} rounds")
-        click.echo(_side_table(part["sides"]))
-    for key, state in (("ratios", result["headline_state"]), ("ratios_idle", "idle")):
-        if result[key] and (key == "ratios" or result["headline_state"] != "idle"):
-            click.echo(f"\n{state} memory")
-            click.echo(_ratio_table(result[key]))
-    for side, reason in result["skipped"].items():
-        note(f"{side} was not measured: {reason}")
+
+
+def _cold_start(result: dict[str, Any]) -> str:
+    parts = [
+        f"\n{state} memory, medians of {len(part['rounds'])} rounds\n{_side_table(part['sides'])}"
+        for state, part in result["states"].items()
+    ]
+    parts += [
+        f"\n{state} memory\n{_ratio_table(result[key])}"
+        for key, state in (("ratios", result["headline_state"]), ("ratios_idle", "idle"))
+        if result[key] and (key == "ratios" or result["headline_state"] != "idle")
+    ]
+    return "\n".join(parts)
 
 
 @command.command("calibrate")
 @DIRECTORY
 @JSON
-def calibrate(*, directory: Path | None, as_json: bool) -> None:
+def calibrate(*, directory: Path, as_json: bool) -> None:
     """What this machine reads, decrypts, places and computes, each alone.
 
     Takes less than a minute; do nothing else meanwhile.
     """
     from ..bench.calibrate import calibrate
 
-    with progress_bar("model") as progress:
-        result = calibrate(directory or default_directory(), note, progress)
-    if as_json:
-        print_json(result)
-        return
+    measure(calibrate, directory, _calibrate, as_json=as_json)
+
+
+def _calibrate(result: dict[str, Any]) -> str:
     rows = [
         (f"read, {depth} in flight", _rate(rate)) for depth, rate in result["read_direct_bytes_per_s"].items()
     ]
@@ -134,10 +114,9 @@ def calibrate(*, directory: Path | None, as_json: bool) -> None:
         ("prefill, all cores", f"{result['prefill_flops_per_s'] / 1e9:.0f} Gflop/s"),
         ("decode, all cores", _rate(result["decode_bytes_per_s"])),
     ]
-    click.echo(table(("PART", "RATE"), rows, right=frozenset({"RATE"})))
     example = result["example"]
-    click.echo(
-        f"\n{example['shape']} {example['quant']}, {example['prompt_tokens']} tokens, cannot start cold in less than "
+    return table(("PART", "RATE"), rows, right=frozenset({"RATE"})) + (
+        f"\n\n{example['shape']} {example['quant']}, {example['prompt_tokens']} tokens, cannot start cold in less than "
         f"{example['lower_bound_s']:.2f} s here (I/O {example['io_s']:.2f}, processors {example['cpu_s']:.2f}, "
         f"compute {example['compute_s']:.2f})"
     )
@@ -175,5 +154,5 @@ def _ratio_table(ratios: dict[str, Any]) -> str:
     return table(("RATIO", "VALUE", "BY ROUND"), rows, right=frozenset({"VALUE", "BY ROUND"}))
 
 
-for one in bench_memory.COMMANDS:
+for one in (*bench_memory.COMMANDS, *bench_workflows.COMMANDS):
     command.add_command(one)

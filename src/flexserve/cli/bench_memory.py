@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from .bench_options import DIRECTORY, JSON, default_directory, names
-from .common import human_bytes, print_json, progress_bar
-from .display import note, table
-from .sizes import Size
-
-SHAPE = click.option(
-    "--shape", default="llama-3.2-1b", show_default=True, help="The model shape (random weights)."
+from .bench_options import (
+    DIRECTORY,
+    JSON,
+    PROMPT_TOKENS,
+    QUANT,
+    ROUNDS,
+    SEED,
+    SHAPE,
+    THREADS,
+    measure,
+    names,
 )
-QUANT = click.option("--quant", default="Q8_0", show_default=True, help="F16, Q8_0, Q4_0, Q4_K_M or IQ4_NL.")
-THREADS = click.option("--threads", type=click.IntRange(1, 256), help="Compute threads. [default: all cores]")
-ROUNDS = click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds.")
+from .common import human_bytes
+from .display import table
+from .sizes import Size
 
 
 @click.command("memory")
 @SHAPE
 @QUANT
-@click.option(
-    "--prompt-tokens", type=click.IntRange(1, 65536), default=128, show_default=True, help="Prompt length."
-)
+@PROMPT_TOKENS
 @click.option(
     "--session-tokens",
     type=click.IntRange(64, 16384),
@@ -40,45 +41,15 @@ ROUNDS = click.option("--rounds", type=click.IntRange(1, 100), default=3, show_d
 @THREADS
 @DIRECTORY
 @JSON
-def memory(
-    *,
-    shape: str,
-    quant: str,
-    prompt_tokens: int,
-    session_tokens: int,
-    rounds: int,
-    parts: tuple[str, ...],
-    threads: int | None,
-    directory: Path | None,
-    as_json: bool,
-) -> None:
+def memory(*, parts: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """What it costs to give memory back and to get it again.
 
-    The parts are decision, recall, refill, lazy, cached, session and pressure (docs/benchmarks.md). `pressure` holds nearly all
-    memory of the machine for a minute or two: do not run it beside anything that must not be killed.
+    The parts are decision, recall, refill, lazy, cached, session and pressure (docs/benchmarks.md). `pressure` holds
+    nearly all memory of the machine for a minute or two: do not run it beside anything that must not be killed.
     """
     from ..bench.memory_bench import USUAL_PARTS, MemoryOptions, run
 
-    options = MemoryOptions(
-        shape=shape,
-        quant=quant,
-        prompt_tokens=prompt_tokens,
-        session_tokens=session_tokens,
-        rounds=rounds,
-        parts=parts or USUAL_PARTS,
-        directory=directory or default_directory(),
-        threads=threads or 0,
-    )
-    with progress_bar("model") as progress:
-        result = run(options, note, progress)
-    if as_json:
-        print_json(result)
-        return
-    for part, show in (("recall", _recalls), ("cached", _cached), ("pressure", _pressure)):
-        if result[part]:
-            click.echo(f"\n{show(result[part])}")
-    rows = [(key, _value(result[key]), promise) for key, promise in PROMISES.items()]
-    click.echo("\n" + table(("NUMBER", "SEEN", "PROMISE"), rows, right=frozenset({"SEEN", "PROMISE"})))
+    measure(run, MemoryOptions(parts=parts or USUAL_PARTS, **given), _memory, as_json=as_json)
 
 
 PROMISES = {
@@ -92,6 +63,20 @@ PROMISES = {
     "ttft_three_quarters_cached_vs_resident": "<= 1.12",
     "session_restore_vs_recompute": "<= 0.02",
 }
+
+
+def _memory(result: dict[str, Any]) -> str:
+    parts = [
+        f"\n{show(result[part])}\n"
+        for part, show in (("recall", _recalls), ("cached", _cached), ("pressure", _pressure))
+        if result[part]
+    ]
+    rows = [(key, _value(result[key]), promise) for key, promise in PROMISES.items()]
+    return (
+        "".join(parts)
+        + "\n"
+        + table(("NUMBER", "SEEN", "PROMISE"), rows, right=frozenset({"SEEN", "PROMISE"}))
+    )
 
 
 def _value(number: float | None) -> str:
@@ -166,9 +151,7 @@ def _pressure(part: dict[str, Any]) -> str:
 )
 @SHAPE
 @QUANT
-@click.option(
-    "--seed", type=click.IntRange(0, (1 << 32) - 1), help="Repeat a run's choices. [default: a new one]"
-)
+@SEED
 @click.option(
     "--threads",
     type=click.IntRange(1, 256),
@@ -179,17 +162,7 @@ def _pressure(part: dict[str, Any]) -> str:
 @DIRECTORY
 @JSON
 @click.pass_context
-def soak(
-    context: click.Context,
-    *,
-    minutes: float,
-    shape: str,
-    quant: str,
-    seed: int | None,
-    threads: int,
-    directory: Path | None,
-    as_json: bool,
-) -> None:
+def soak(context: click.Context, /, *, as_json: bool, **given: Any) -> None:
     """Requests under a storm of recalls, offers, budgets and cancels; ends with 1 when an invariant is broken.
 
     Every answer is compared, token by token, with that of a second world which is left alone; so it takes the memory
@@ -197,14 +170,7 @@ def soak(
     """
     from ..bench.soak import SoakOptions, run
 
-    options = SoakOptions(minutes, shape, quant, directory or default_directory(), threads, seed)
-    with progress_bar("model") as progress:
-        result = run(options, note, progress)
-    if as_json:
-        print_json(result)
-    else:
-        click.echo(_soak(result))
-    if result["violations"]:
+    if measure(run, SoakOptions(**given), _soak, as_json=as_json)["violations"]:
         context.exit(1)
 
 
@@ -263,21 +229,7 @@ def _soak(result: dict[str, Any]) -> str:
 @THREADS
 @DIRECTORY
 @JSON
-def neighbours(
-    *,
-    shape: str,
-    quant: str,
-    data_bytes: int,
-    model_share: float,
-    every_s: float,
-    timer_s: float,
-    measure_s: float,
-    warm_s: float,
-    sides: tuple[str, ...],
-    threads: int | None,
-    directory: Path | None,
-    as_json: bool,
-) -> None:
+def neighbours(*, sides: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Applications that need memory (SQLite, a reader) beside a model: their throughput, and time to the first token.
 
     Against a model that is always kept, never kept, and dropped by a timer. Another process holds what memory the
@@ -285,24 +237,10 @@ def neighbours(
     """
     from ..bench.neighbours import SIDES, NeighboursOptions, run
 
-    options = NeighboursOptions(
-        shape=shape,
-        quant=quant,
-        data_bytes=data_bytes,
-        model_share=model_share,
-        every_s=every_s,
-        timer_s=timer_s,
-        measure_s=measure_s,
-        warm_s=warm_s,
-        sides=sides or SIDES,
-        directory=directory or default_directory(),
-        threads=threads or 0,
-    )
-    with progress_bar("model") as progress:
-        result = run(options, note, progress)
-    if as_json:
-        print_json(result)
-        return
+    measure(run, NeighboursOptions(sides=sides or SIDES, **given), _neighbours, as_json=as_json)
+
+
+def _neighbours(result: dict[str, Any]) -> str:
     cells = [
         (
             name,
@@ -316,7 +254,7 @@ def neighbours(
         for name, side in result["sides"].items()
     ]
     numbers = ("SQLITE/s", "OF NONE", "READ MB/s", "OF NONE ", "TTFT s", "RESIDENT")
-    click.echo("\n" + table(("SIDE", *numbers), cells, right=frozenset(numbers)))
+    return "\n" + table(("SIDE", *numbers), cells, right=frozenset(numbers))
 
 
 def _percent(share: float | None) -> str:
@@ -331,9 +269,7 @@ def _percent(share: float | None) -> str:
     show_default=True,
     help="F16, Q8_0, Q4_0, Q4_K_M or IQ4_NL; `layout` needs a repacked one.",
 )
-@click.option(
-    "--prompt-tokens", type=click.IntRange(1, 65536), default=128, show_default=True, help="Prompt length."
-)
+@PROMPT_TOKENS
 @click.option(
     "--prefix", type=float, default=0.5, show_default=True, help="Share of the weights that is resident."
 )
@@ -341,28 +277,14 @@ def _percent(share: float | None) -> str:
 @THREADS
 @DIRECTORY
 @JSON
-def ablation(
-    *,
-    shape: str,
-    quant: str,
-    prompt_tokens: int,
-    prefix: float,
-    rounds: int,
-    threads: int | None,
-    directory: Path | None,
-    as_json: bool,
-) -> None:
+def ablation(*, as_json: bool, **given: Any) -> None:
     """What pipeline, resident prefix and execution layout bring to a cold start, one on top of the other."""
     from ..bench.ablation import AblationOptions, run
 
-    options = AblationOptions(
-        shape, quant, prompt_tokens, prefix, rounds, directory or default_directory(), threads or 0
-    )
-    with progress_bar("model") as progress:
-        result = run(options, note, progress)
-    if as_json:
-        print_json(result)
-        return
+    measure(run, AblationOptions(**given), _ablation, as_json=as_json)
+
+
+def _ablation(result: dict[str, Any]) -> str:
     cells = [
         (
             name,
@@ -373,9 +295,7 @@ def ablation(
         for name, step in result["steps"].items()
     ]
     numbers = ("TTFT s", "OF THE STEP BEFORE", "OF SEQUENTIAL")
-    click.echo("\n" + table(("STEP", *numbers), cells, right=frozenset(numbers)))
-    for name, reason in result["skipped"].items():
-        note(f"{name} was not measured: {reason}")
+    return "\n" + table(("STEP", *numbers), cells, right=frozenset(numbers))
 
 
 COMMANDS = (memory, soak, neighbours, ablation)

@@ -1,11 +1,36 @@
-"""What the benches' verbs share: where models are kept, `--json`, lists."""
+"""What the benches' verbs share: their options, and how a verb measures and prints."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
+
+from .common import print_json, progress_bar
+from .display import note
+
+Options = TypeVar("Options")
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None] | None
+Run = Callable[[Options, Say, Progress], dict[str, Any]]  # what a bench's module offers
+
+
+def measure(
+    run: Run[Options], options: Options, show: Callable[[dict[str, Any]], str], *, as_json: bool
+) -> dict[str, Any]:
+    """Run a bench, with what it does on stderr, and print one JSON object or what `show` makes of it."""
+    with progress_bar("model") as progress:
+        result = run(options, note, progress)
+    if as_json:
+        print_json(result)
+        return result
+    click.echo(show(result))
+    for name, reason in result.get("skipped", {}).items():
+        note(f"{name} was not measured: {reason}")
+    return result
 
 
 def default_directory() -> Path:
@@ -14,14 +39,32 @@ def default_directory() -> Path:
     return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "flexserve" / "bench"
 
 
-DIRECTORY = click.option(
-    "--directory",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Where models are kept for the next run. [default: ~/.cache/flexserve/bench]",
-)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-
-
 def names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     """A list with commas; empty when the option is not given."""
     return tuple(name.strip() for name in value.split(",")) if value is not None else ()
+
+
+DIRECTORY = click.option(
+    "--directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=lambda _context, _parameter, value: value or default_directory(),
+    help="Where models are kept for the next run. [default: ~/.cache/flexserve/bench]",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+SHAPE = click.option(
+    "--shape", default="llama-3.2-1b", show_default=True, help="The model shape (random weights)."
+)
+QUANT = click.option("--quant", default="Q8_0", show_default=True, help="F16, Q8_0, Q4_0, Q4_K_M or IQ4_NL.")
+THREADS = click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    callback=lambda _context, _parameter, value: value or 0,
+    help="Compute threads. [default: all cores]",
+)
+ROUNDS = click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds.")
+PROMPT_TOKENS = click.option(
+    "--prompt-tokens", type=click.IntRange(1, 65536), default=128, show_default=True, help="Prompt length."
+)
+SEED = click.option(
+    "--seed", type=click.IntRange(0, (1 << 32) - 1), help="Repeat a run's choices. [default: a new one]"
+)
