@@ -73,6 +73,10 @@ class Answer:
     source: str | None = None
     matched: int = 0
     rows: tuple[Range, ...] = ()
+    client: str = ""
+    prefix: str = ""
+    next_model: str = ""
+    priority: int = 0
     state: str = "queued"
     tokens: int = 0
     granted: int = 0
@@ -95,6 +99,7 @@ class Executor:
         self.recalls: dict[int, int] = {}  # call -> chosen, until it is finished
         self.asked: list[int] = []
         self.failing = False  # saves fail
+        self.started: list[str] = []  # requests, in the order of their start
         self.patience = 5_000  # steps until `drain` gives up
 
     # Events in, effects out
@@ -102,7 +107,12 @@ class Executor:
     def post(self, *events: ev.Event) -> None:
         """Tell the Framework; its effects are queued."""
         for event in events:
+            running = {r.name for r in self.framework._records.active.values() if r.state.value == "running"}
             decisions = self.framework.handle(self.now, event)
+            ended = {
+                d.effect.request for d in decisions if isinstance(d.effect, ef.Reject | ef.FinishCancelled)
+            }
+            assert not ended & running, "what computes is never ended"
             self.log.append((self.now, event, decisions))
             for decision in decisions:
                 if decision.effect is not None:
@@ -214,6 +224,7 @@ class Executor:
                 if session in self.kvs:
                     self.kvs[session].stored = None
             case ef.StartRequest(request):
+                self.started.append(request)
                 self._queue(f"request {request}", lambda: self._tokenize(request))
             case ef.ComputePrompt(request, session, source, reuse, kv_tokens):
                 self._queue(
@@ -334,14 +345,22 @@ class Executor:
 
     def ask(self, name: str, answer: Answer, *, explicit: bool = False) -> None:
         self.answers[name] = answer
-        self.post(ev.RequestArrived(name, answer.model, answer.session if explicit else None))
+        session = answer.session if explicit else None
+        said = answer.priority, answer.client, answer.next_model
+        self.post(ev.RequestArrived(name, answer.model, session, *said))
 
     def _tokenize(self, request: str) -> list[ev.Event]:
         answer = self.answers[request]
         answer.state = "prepared"
         return [
             ev.PromptTokenized(
-                request, answer.session, answer.prompt, answer.source, answer.matched, answer.rows
+                request,
+                answer.session,
+                answer.prompt,
+                answer.source,
+                answer.matched,
+                answer.rows,
+                answer.prefix,
             )
         ]
 

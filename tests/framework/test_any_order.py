@@ -81,9 +81,24 @@ class AnyOrder(RuleBasedStateMachine):
         explicit=st.booleans(),
         rows=st.integers(0, 7),
         rest=st.booleans(),
+        client=st.sampled_from(["", "c1", "c2"]),
+        prefix=st.sampled_from(["", "p1"]),
+        hint=st.sampled_from(["", "", *NAMES]),
+        priority=st.integers(-1, 1),
     )
     def a_request_arrives(
-        self, data: st.DataObject, model: str, prompt: int, number: int, explicit: bool, rows: int, rest: bool
+        self,
+        data: st.DataObject,
+        model: str,
+        prompt: int,
+        number: int,
+        explicit: bool,
+        rows: int,
+        rest: bool,
+        client: str,
+        prefix: str,
+        hint: str,
+        priority: int,
     ) -> None:
         self.count += 1
         name = f"r{self.count}"
@@ -92,7 +107,7 @@ class AnyOrder(RuleBasedStateMachine):
         source = data.draw(st.sampled_from([None, *known]))
         matched = 0 if source is None else min(self.world.kvs[source].tokens, prompt)
         row = (Range(rows, 1),) if model in ("a", "b") else ()
-        answer = Answer(model, session, prompt, source, matched, row)
+        answer = Answer(model, session, prompt, source, matched, row, client, prefix, hint, priority)
         self.world.ask(name, answer, explicit=explicit)
         if rest:
             self.world.drain()
@@ -174,6 +189,10 @@ class AnyOrder(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.world.now += seconds
         self.world.post(ev.Tick())
+
+    @rule(client=st.sampled_from(["", "c1"]), models=st.permutations(NAMES))
+    def a_client_declares_a_workflow(self, client: str, models: list[str]) -> None:
+        self.world.post(ev.WorkflowDeclared(client, "w", tuple(models)))
 
     @rule(failing=st.booleans())
     def storage_fails_or_recovers(self, failing: bool) -> None:

@@ -24,13 +24,14 @@ def best_distribution(records: Records) -> Distribution:
     return distribute(budget, records.model_uses(), records.session_uses(), records.now, records.settings)
 
 
-def work(records: Records, *, only_refill: bool = False) -> None:
-    """One step of each kind of background work that is due. `only_refill`: nothing but stage 2 can have become so."""
+def work(records: Records, *, only_refill: bool = False, refill: bool = True) -> None:
+    """One step of each kind of background work that is due. `only_refill`: nothing but stage 2 can have become so.
+    `refill` off: no stage 2, because a request is expected."""
     computing = (RequestState.PREPARING, RequestState.RUNNING)
     if not only_refill and not any(r.state in computing for r in records.active.values()):
         save_early(records)
     # One that waits for memory is waited for: what is loaded now would be taken for it at once.
-    if not records.active and calm_at(records) <= records.now:
+    if refill and not records.active and calm_at(records) <= records.now:
         restore_distribution(records)
     if only_refill:
         return
@@ -76,7 +77,7 @@ def lazy_at(records: Records, name: str) -> float | None:
     model = records.models[name]
     if not records.settings.lazy or model.active or not model.weights.bytes_in[SegmentState.RESIDENT]:
         return None
-    if model.weights.bytes_in[SegmentState.LOADING]:
+    if model.weights.bytes_in[SegmentState.LOADING] or model.prefetched is not None:
         return None
     return model.usage.last_used + records.settings.lazy_after_s
 
@@ -89,7 +90,7 @@ def restore_distribution(records: Records) -> None:
     ):
         return
     best = records.distribution = best_distribution(records)
-    keep = Keep(best.prefix_bytes, best.sessions)
+    keep = Keep({**best.prefix_bytes, **records.pinned_bytes()}, best.sessions)
     for share in best.shares:
         model = records.models[share.model]
         weights = model.weights

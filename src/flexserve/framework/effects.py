@@ -18,7 +18,7 @@ class Priority(IntEnum):
 
     ROWS = 0  # embedding rows of the prompt: compute begins with them
     REQUEST = 1  # weights of a request that computes
-    PREFETCH = 2  # the next model of a workflow (not used yet)
+    PREFETCH = 2  # the next model of a workflow
     REFILL = 3  # the background: stage 2
 
 
@@ -95,9 +95,11 @@ class ForgetSession:
 
 @dataclass(frozen=True)
 class StartRequest:
-    """Run template and tokeniser, then report `PromptTokenized` (or `RequestFinished`)."""
+    """Run template and tokeniser, then report `PromptTokenized` (or `RequestFinished`). `prefetched_bytes`: of weights
+    and KV are there because the request was expected."""
 
     request: str
+    prefetched_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,13 @@ class Why(StrEnum):
     STALE = "stale"
     LATE = "late"
     REQUEST_ENDED = "request_ended"
+    QUEUED_NEXT = "queued_next"
+    HINTED = "hinted"
+    PREDICTED = "predicted"
+    CAME_TRUE = "came_true"
+    WRONG_GUESS = "wrong_guess"
+    DECLARED = "declared"
+    FORGOTTEN = "forgotten"
 
 
 MEANING: Mapping[Why, str] = {
@@ -291,6 +300,13 @@ MEANING: Mapping[Why, str] = {
     Why.STALE: "a save of KV that has changed since: it does not count",
     Why.LATE: "a report about something that is over",
     Why.REQUEST_ENDED: "the request ended and its KV cannot be used again",
+    Why.QUEUED_NEXT: "prefetch: a request that waits needs this",
+    Why.HINTED: "prefetch: the client said which model is next",
+    Why.PREDICTED: "prefetch: after this step the client's workflow goes on so",
+    Why.CAME_TRUE: "the request that was expected came",
+    Why.WRONG_GUESS: "another request came than the one expected, or none",
+    Why.DECLARED: "a client declared a workflow",
+    Why.FORGOTTEN: "workflows are to be forgotten",
 }
 
 Fact = int | float | str | bool

@@ -14,12 +14,14 @@ from .weights import Part
 
 @dataclass(frozen=True)
 class ModelRegistered:
-    """A model is ready to answer; nothing of it is resident. `parts`: in execution order."""
+    """A model is ready to answer; nothing of it is resident. `parts`: in execution order. `label`: what clients call
+    it; empty: `model`."""
 
     model: str
     parts: tuple[Part, ...]
     kv_bytes_per_token: int
     context_tokens: int
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,16 @@ class ComputeAt:
 
 @dataclass(frozen=True)
 class RequestArrived:
-    """`session`: the id that the client gave, if it gave one."""
+    """`session`: the id that the client gave, if it gave one. `priority`: higher goes first, within the bound on
+    waiting. `client`: a digest of whose request it is. `next_model`: of that client's next request, as clients call
+    it; empty: not said."""
 
     request: str
     model: str
     session: str | None = None
+    priority: int = 0
+    client: str = ""
+    next_model: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class PromptTokenized:
     source: str | None = None
     matched_tokens: int = 0
     rows: tuple[Range, ...] = ()
+    prefix: str = ""  # a digest of how the prompt begins; empty: it is too short to have one
 
 
 @dataclass(frozen=True)
@@ -118,11 +126,12 @@ class RequestCancelled:
 
 @dataclass(frozen=True)
 class SessionFound:
-    """A saved session was found in storage at the start."""
+    """A saved session was found in storage at the start. `prefix`: a digest of how its tokens begin."""
 
     session: str
     model: str
     tokens: int
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,6 +192,23 @@ class BudgetSet:
 
 
 @dataclass(frozen=True)
+class WorkflowDeclared:
+    """A client says which models (as clients call them) it will ask, one after the other."""
+
+    client: str
+    name: str
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WorkflowsForgotten:
+    """Forget everything, one client's, or one line of `Framework.workflows`."""
+
+    client: str | None = None
+    entry: str | None = None
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed (`Framework.due` says when one is wanted)."""
 
@@ -209,5 +235,7 @@ Event = (
     | PressureRecall
     | Offer
     | BudgetSet
+    | WorkflowDeclared
+    | WorkflowsForgotten
     | Tick
 )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from . import background, loading, reclaim, requests
+from . import background, expecting, loading, prefetch, reclaim, requests, workflow_state
 from . import events as ev
 from .effects import AnswerRecall, CloseModel, Decision, FinishCancelled, FinishRecall, ForgetSession, Why
 from .records import ModelRecord, RecallRecord, Records, RequestRecord, SessionRecord
@@ -32,6 +32,7 @@ from .tables import (
 )
 from .view import View, view_of
 from .weights import Weights
+from .workflows import Entry, Step, Totals
 
 _DECISIONS = (SegmentTrigger.LOAD, SegmentTrigger.CLAIM, SegmentTrigger.HAND)
 
@@ -57,6 +58,7 @@ class Framework:
         records.decisions = []
         _HANDLERS[type(event)](records, event)
         _settle(records, event)
+        records.pace.tell(records.now, 0, loading=records.loads_weights)
         return tuple(records.decisions)
 
     def due(self) -> float | None:
@@ -69,7 +71,7 @@ class Framework:
             for r in records.active.values()
             if r.state in (RequestState.WAITING, RequestState.SUSPENDED)
         ]
-        times.append(records.deadline)
+        times += [records.deadline, expecting.expires_at(records)]
         if any(model.weights.missing for model in records.models.values()):
             calm = background.calm_at(records)
             times.append(calm if calm > records.now else None)
@@ -78,6 +80,25 @@ class Framework:
     def view(self) -> View:
         """A snapshot for people. Changes nothing."""
         return view_of(self._records)
+
+    def workflows(self) -> tuple[Totals, list[Entry]]:
+        """What is known of workflows. Changes nothing."""
+        records = self._records
+        return replace(records.workflows.totals), records.workflows.entries(records.now, records.settings)
+
+    @property
+    def workflow_changes(self) -> int:
+        """Another number whenever the workflow log changed."""
+        return self._records.workflows.changes
+
+    def dump_workflows(self) -> dict[str, Any]:
+        """The workflow log, for storage (workflow_state.py)."""
+        return workflow_state.dump(self._records.workflows, self._records.now)
+
+    def load_workflows(self, data: object, away_s: float) -> None:
+        """At the start, before any request: go on with what was dumped so long ago. Raises `ValueError`."""
+        records = self._records
+        records.workflows = workflow_state.load(data, records.now, away_s, records.settings)
 
     def check(self) -> None:
         """Our own invariants, for tests and soaks. Raises `AssertionError`."""
@@ -88,10 +109,14 @@ def _settle(records: Records, event: ev.Event) -> None:
     reclaim.enforce(records)
     _deadline(records)
     _close_models(records)
+    expecting.expire(records)
     requests.advance(records)
     loading.load_for_requests(records)
+    if type(event) is not ev.ComputeAt:
+        prefetch.work(records)
     if type(event) not in _BUSY:
-        background.work(records, only_refill=type(event) is ev.SegmentsChanged)
+        expected = prefetch.is_under_way(records)
+        background.work(records, only_refill=type(event) is ev.SegmentsChanged, refill=not expected)
     _finish_recalls(records)
 
 
@@ -146,7 +171,8 @@ def _model_registered(records: Records, event: ev.ModelRegistered) -> None:
     if event.model in records.models:
         raise Impossible(f"model {event.model!r} is registered already: remove it first")
     weights = Weights(event.parts, records.ledger)
-    model = ModelRecord(event.model, weights, event.kv_bytes_per_token, event.context_tokens)
+    label = event.label or event.model
+    model = ModelRecord(event.model, weights, event.kv_bytes_per_token, event.context_tokens, label)
     records.models[event.model] = model
     records.move_model(model, ModelTrigger.REGISTER)
 
@@ -201,6 +227,8 @@ def _segments_changed(records: Records, event: ev.SegmentsChanged) -> None:
     if model is None or model.state == ModelState.CLOSING:
         return records.note(Why.LATE)
     changed = records.move_segments(model, event.what, model.weights.positions(event.ranges))
+    if event.what == SegmentTrigger.PLACED:
+        records.pace.tell(records.now, changed, loading=records.loads_weights)
     if event.what == SegmentTrigger.STOPPED:
         model.stopping = False
     elif event.what == SegmentTrigger.LOST and changed:
@@ -223,6 +251,9 @@ def _request_arrived(records: Records, event: ev.RequestArrived) -> None:
     if event.request in records.requests:
         raise Impossible(f"two requests have the id {event.request!r}")
     request = RequestRecord(event.request, event.model, records.now, event.session, since=records.now)
+    records.arrivals += 1
+    request.number, request.priority = records.arrivals, event.priority
+    request.client, request.next_model = event.client, event.next_model
     full = records.waiting >= records.settings.queue_limit
     records.move_request(request, RequestTrigger.ARRIVE)
     model = records.models.get(event.model)
@@ -236,6 +267,7 @@ def _request_arrived(records: Records, event: ev.RequestArrived) -> None:
         return requests.refuse(records, request, Why.QUEUE_FULL, code="busy", message=message, hint=hint)
     model.usage.invoked(records.now, records.settings)
     records.changes += 1
+    expecting.arrived(records, request)
     return None
 
 
@@ -250,7 +282,7 @@ def _prompt_tokenized(records: Records, event: ev.PromptTokenized) -> None:
         raise Impossible(f"session {event.session!r} belongs to model {known.model!r}, not {request.model!r}")
     request.session, request.source = event.session, event.source
     request.prompt_tokens, request.matched_tokens = event.prompt_tokens, event.matched_tokens
-    request.rows = event.rows
+    request.rows, request.prefix = event.rows, event.prefix
     requests.tokenized(records, request)
     return None
 
@@ -259,6 +291,9 @@ def _decode_started(records: Records, event: ev.DecodeStarted) -> None:
     request = records.requests.get(event.request)
     if request is not None:
         records.stop_reading(request)
+        request.decoding = True
+        records.models[request.model].pace.end(records.now)
+        expecting.expect(records, request)
 
 
 def _kv_growing(records: Records, event: ev.KvGrowing) -> None:
@@ -276,7 +311,10 @@ def _request_finished(records: Records, event: ev.RequestFinished) -> None:
     request = records.requests.get(event.request)
     if request is None:
         return records.note(Why.LATE)
-    return requests.finish(records, request, event.tokens, keep=event.keep)
+    requests.finish(records, request, event.tokens, keep=event.keep)
+    expecting.finished(records, request)
+    expecting.expect(records, request)
+    return None
 
 
 def _request_cancelled(records: Records, event: ev.RequestCancelled) -> None:
@@ -298,6 +336,7 @@ def _session_found(records: Records, event: ev.SessionFound) -> None:
     if model is None:
         records.note(Why.LATE)
         return
+    records.workflows.keep_session(Step(model.label, event.prefix), event.session, records.settings)
     session = SessionRecord(event.session, event.model, tokens=event.tokens, copied=True)
     session.last_used = records.now
     records.move_session(session, SessionTrigger.FOUND, nbytes=records.kv_bytes(model, event.tokens))
@@ -368,6 +407,7 @@ def _dropped(records: Records, event: ev.SessionDropped) -> None:
 
 def _pressure_recall(records: Records, event: ev.PressureRecall) -> None:
     """Take `nbytes` of what is in memory: the budget falls to what remains, so that nothing grows back."""
+    expecting.cancel_all(records, Why.OVER_BUDGET)
     ledger, floor = records.ledger, records.settings.floor_bytes
     present, leaving = records.present, ledger.leaving
     promised = min(event.nbytes, max(present - floor, 0))
@@ -412,6 +452,19 @@ def _move_budget(records: Records, nbytes: int) -> None:
     records.note(Why.BUDGET_MOVED, before=before, budget=records.budget)
 
 
+# Workflows
+
+
+def _workflow_declared(records: Records, event: ev.WorkflowDeclared) -> None:
+    records.workflows.declare(records.now, event.client, event.name, event.models, records.settings)
+    records.note(Why.DECLARED, workflow=event.name, steps=len(event.models))
+
+
+def _workflows_forgotten(records: Records, event: ev.WorkflowsForgotten) -> None:
+    lines = records.workflows.forget(event.client, event.entry)
+    records.note(Why.FORGOTTEN, lines=lines)
+
+
 def _tick(records: Records, event: ev.Tick) -> None:
     """Nothing happened but time."""
 
@@ -438,6 +491,8 @@ _HANDLERS: dict[type[Any], Callable[[Records, Any], None]] = {
     ev.PressureRecall: _pressure_recall,
     ev.Offer: _offer,
     ev.BudgetSet: _budget_set,
+    ev.WorkflowDeclared: _workflow_declared,
+    ev.WorkflowsForgotten: _workflows_forgotten,
     ev.Tick: _tick,
 }
 _BUSY = frozenset({ev.ComputeAt, ev.KvGrowing, ev.DecodeStarted})  # a request computes: no background work

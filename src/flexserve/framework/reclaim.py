@@ -135,6 +135,8 @@ def _at(records: Records, stage: Stage, needed: int, keep: Keep, spare: str | No
 def least_invoked(records: Records) -> list[ModelRecord]:
     """All models, those that go first first."""
     order = [records.models[name] for name in reversed(records.ranked())]
+    if records.settings.pinned:
+        order.sort(key=records.is_pinned)
     useless = [m for m in records.models.values() if m.state in (ModelState.POISONED, ModelState.LEAVING)]
     return useless + order
 

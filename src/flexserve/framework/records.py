@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from .caching import Distribution, ModelUse, SessionUse, rank
 from .effects import Decision, Effect, Fact, Why
 from .order import Range
+from .pace import LoadPace, PromptPace, waiting_s
 from .positions import Positions
 from .settings import Settings
 from .tables import (
@@ -30,6 +31,26 @@ from .tables import (
 )
 from .usage import Usage, bucket
 from .weights import Ledger, Weights
+from .workflows import Prediction, WorkflowLog
+
+
+@dataclass
+class Prefetched:
+    """What was loaded of one model for a request that has not come."""
+
+    missing_bytes: int  # of its weights, before
+    asked_bytes: int = 0
+    session_bytes: int = 0
+
+
+@dataclass
+class Expected:
+    """A request that has not come; `behind`: the request that it comes after."""
+
+    prediction: Prediction
+    why: Why
+    behind: str
+    until: float  # then it was a wrong guess
 
 
 @dataclass
@@ -40,6 +61,7 @@ class ModelRecord:
     weights: Weights
     kv_bytes_per_token: int
     context_tokens: int
+    label: str = ""  # what clients call it
     usage: Usage = field(default_factory=Usage)
     state: ModelState = ModelState.GONE
     active: int = 0  # requests that have started and not ended
@@ -49,6 +71,8 @@ class ModelRecord:
     refilling: bool = False  # what is on its way was asked for in the background only
     streamed_bytes: int = 0  # as last told by `StreamTail`
     error: tuple[str, str] = ("", "")  # of a poisoned model: code, message
+    pace: PromptPace = field(default_factory=PromptPace)
+    prefetched: Prefetched | None = None  # since a request started
 
 
 @dataclass
@@ -88,6 +112,14 @@ class RequestRecord:
     wanted_tokens: int = 0  # while it is suspended: what it needs to go on
     reads: str | None = None  # the session it holds as a reader
     since: float = 0.0  # when it began to wait for memory
+    number: int = 0  # in the order of arrival
+    priority: int = 0
+    overtaken: int = 0  # by requests that arrived later, while it could start
+    decoding: bool = False  # its first token is there
+    client: str = ""  # a digest
+    next_model: str = ""  # that its client named
+    prefix: str = ""  # a digest of how its prompt begins
+    expected: Expected | None = None  # it came true with this one, which has not started
 
 
 @dataclass
@@ -114,7 +146,11 @@ class Records:
         self.in_memory: dict[str, SessionRecord] = {}  # those that cost memory
         self.requests: dict[str, RequestRecord] = {}  # in the order of arrival
         self.active: dict[str, RequestRecord] = {}  # of them, started; in the order of their start
-        self.waiting = 0  # of them, queued
+        self.queue: dict[str, RequestRecord] = {}  # of them, those that have not started
+        self.arrivals = 0
+        self.pace = LoadPace()
+        self.workflows = WorkflowLog()
+        self.expected: dict[str, Expected] = {}  # by client
         self.reserved = 0  # bytes that requests need for KV before more weights may be loaded
         self.recalls: list[RecallRecord] = []
         self.deadline: float | None = None  # of the recalls
@@ -145,6 +181,35 @@ class Records:
     def present(self) -> int:
         """Bytes that are in memory and stay so without another decision."""
         return self.ledger.held - self.ledger.loading - self.ledger.leaving
+
+    @property
+    def waiting(self) -> int:
+        return len(self.queue)
+
+    def waiting_s(self, name: str, missing: int | None = None) -> float:
+        """What a request of this model would wait for weights if it started now, or if so much were `missing`."""
+        model = self.models.get(name)
+        if model is None:
+            return 0.0
+        if missing is None:
+            missing = model.weights.missing + model.weights.bytes_in[SegmentState.LOADING]
+        return waiting_s(self.pace, model.pace, missing, model.usage.typical_prompt_tokens)
+
+    def labelled(self, label: str) -> ModelRecord | None:
+        """The model that clients call so, if it answers."""
+        found = (m for m in self.models.values() if m.label == label and m.state == ModelState.READY)
+        return next(found, None)
+
+    def is_pinned(self, model: ModelRecord) -> bool:
+        return model.label in self.settings.pinned
+
+    def pinned_bytes(self) -> dict[str, int]:
+        """What the background leaves alone, whatever it is worth."""
+        return {m.name: m.weights.size for m in self.models.values() if self.is_pinned(m)}
+
+    @property
+    def loads_weights(self) -> bool:
+        return any(m.weights.bytes_in[SegmentState.LOADING] for m in self.models.values())
 
     def kv_in_use(self) -> int:
         """KV that the requests which compute need in memory."""
@@ -177,10 +242,10 @@ class Records:
         return model.weights.apply(trigger, positions)
 
     def move_request(self, request: RequestRecord, trigger: RequestTrigger) -> None:
-        old, request.state = request.state, after(REQUEST, request.state, trigger)
-        self.waiting += (request.state == RequestState.QUEUED) - (old == RequestState.QUEUED)
+        request.state = after(REQUEST, request.state, trigger)
+        self.queue.pop(request.name, None)
         if request.state == RequestState.QUEUED:
-            self.requests[request.name] = request
+            self.requests[request.name] = self.queue[request.name] = request
         elif request.state == RequestState.PREPARING:
             self.active[request.name] = request
             self.models[request.model].active += 1
@@ -306,6 +371,7 @@ class Records:
         ledger = self.ledger
         assert (held, loading, leaving) == (ledger.held, ledger.loading, ledger.leaving)
         assert stored == self.stored_bytes
-        assert self.waiting == sum(r.state == RequestState.QUEUED for r in self.requests.values())
+        queued = [r.name for r in self.requests.values() if r.state == RequestState.QUEUED]
+        assert list(self.queue) == queued
         for model in self.models.values():
             assert model.active == sum(r.model == model.name for r in self.active.values())

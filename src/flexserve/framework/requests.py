@@ -1,11 +1,12 @@
 """Requests: from the queue to their end, with the memory for their KV.
 
-The order is that of arrival (a scheduler for many models, with its bound on waiting, has its place in
-`next_to_start`). Knows sessions as ids; which of them a prompt continues is the executor's to find.
+Knows sessions as ids; which of them a prompt continues is the executor's to find. Which request is next, and how long
+one may wait, says schedule.py.
 """
 
 from __future__ import annotations
 
+from . import expecting, schedule
 from .effects import (
     AskOffer,
     ComputePrompt,
@@ -35,15 +36,21 @@ FOR_KV = (*CHEAP, Stage.USED_WEIGHTS, Stage.UNSAVED_SESSIONS)
 _IN_MEMORY = (SessionState.RESIDENT, SessionState.SAVING, SessionState.SAVED)
 
 
+def startable(records: Records) -> list[RequestRecord]:
+    """Of the queue, in the order of arrival, those whose session is not in use by another."""
+    sessions = records.sessions
+    return [
+        one
+        for one in records.queue.values()
+        if one.asked_session is None
+        or (session := sessions.get(one.asked_session)) is None
+        or session.owner is None
+    ]
+
+
 def next_to_start(records: Records) -> RequestRecord | None:
-    """The first in the queue whose session is not in use by another."""
-    for request in records.requests.values():
-        if request.state != RequestState.QUEUED:
-            continue
-        session = records.sessions.get(request.asked_session or "")
-        if session is None or session.owner is None:
-            return request
-    return None
+    """Whose turn it is, when a slot is free (schedule.py)."""
+    return schedule.choose(startable(records), records.now, records.waiting_s, records.settings)
 
 
 def advance(records: Records) -> None:
@@ -84,13 +91,18 @@ def _expect(records: Records, request: RequestRecord) -> None:
 def start(records: Records, request: RequestRecord) -> None:
     """Its weights are loaded while the executor makes tokens of its prompt."""
     model = records.models[request.model]
+    schedule.count_overtaken(startable(records), request)
+    waited = records.now - request.arrived
     records.move_request(request, RequestTrigger.START)
     model.compute_at = model.weights.fill_from
     if request.asked_session is not None:  # nobody else may take it from now on
         session = records.sessions.get(request.asked_session)
         if session is not None:
             session.owner = request.name
-    records.do(StartRequest(request.name), Why.TURN, waiting=records.waiting)
+    found = expecting.started(records, request)
+    records.do(
+        StartRequest(request.name, found), Why.TURN, waiting=records.waiting, waited_s=round(waited, 6)
+    )
     for other in records.models.values():  # this one's too: its segments are urgent now
         if other.refilling:
             stop_loading(records, other, Why.MAKE_ROOM)
@@ -105,6 +117,7 @@ def tokenized(records: Records, request: RequestRecord) -> None:
     request.tokenized = True
     request.since = records.now
     model.usage.prompted(request.prompt_tokens)
+    expecting.tokenized(records, request)
     # The rows have room even where the budget is full: one loader would fetch them by a fault as well.
     rows = model.weights.absent_of(model.weights.positions(request.rows))
     chosen = model.weights.first(rows, records.free)
@@ -146,6 +159,8 @@ def prepare(records: Records, request: RequestRecord) -> None:
     if not _has_room(records, request, model, max(size - there, 0)):
         return _wait(records, request)
     reuse = min(request.matched_tokens, source.tokens) if source is not None else 0
+    resident = not model.weights.missing and not model.weights.bytes_in[SegmentState.LOADING]
+    model.pace.begin(records.now, request.prompt_tokens - reuse, resident=resident)
     records.move_session(own, SessionTrigger.OPEN, nbytes=max(size, there))
     own.owner, own.tokens = request.name, reuse
     request.kv_tokens = own.nbytes // model.kv_bytes_per_token if model.kv_bytes_per_token else kv_tokens

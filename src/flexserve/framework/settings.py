@@ -118,7 +118,7 @@ class Settings:
         8, "requests", "ours", "that came later may be started before one that could start"
     )
     overtake_s: float = _setting(
-        5.0, "s", "ours", "of waiting after which nothing that came later goes first"
+        20.0, "s", "ours", "of waiting after which nothing that came later goes first"
     )
     pinned: tuple[str, ...] = _setting(
         (), "models", "ours", "whose weights are taken last, and never for the background"
@@ -141,7 +141,7 @@ class Settings:
         60.0, "s", "ours", "without a request after which a client's next one begins a new sequence"
     )
     workflow_memory: float = _setting(
-        0.9, "share", "ours", "what an older observation counts after each newer one"
+        0.8, "share", "ours", "what an older observation counts after each newer one"
     )
     workflow_half_life_s: float = _setting(
         604800.0, "s", "ours: a week", "after which an observation counts half"
