@@ -22,6 +22,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_MESSAGES = 4096
 MAX_PRIORITY = 2
+MAX_CLIENT_CHARS = 128
 MAX_WORKFLOW_STEPS = 16
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -50,8 +51,8 @@ def _check(ok: bool, name: str, rule: str) -> None:
 
 def check_client(client: str | None) -> None:
     """A client's name of itself; None: it has none. Raises `InvalidRequest`."""
-    named = client is None or (1 <= len(client) <= 128 and client.isprintable())
-    _check(named, "client", "1 to 128 printable characters")
+    named = client is None or (1 <= len(client) <= MAX_CLIENT_CHARS and client.isprintable())
+    _check(named, "client", f"1 to {MAX_CLIENT_CHARS} printable characters")
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,29 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
-from flexserve.core import FinishReason, ModelInfo, ModelStatus, Timings, WorldStatus
+from flexserve.core import (
+    FinishReason,
+    ModelInfo,
+    ModelStatus,
+    Timings,
+    Workflow,
+    WorkflowReport,
+    WorldStatus,
+)
 
 from ..schemas import SCHEMAS, schema, validate
 from .conftest import Post
 from .running import Running
 
 ANSWERS = ["completion", "completion-chunk", "chat-completion", "chat-completion-chunk"]
-MEMORY = ["recall", "budget", "trace"]
+MEMORY = ["recall", "budget", "trace", "workflows"]
 OURS = ["run", "embed", "embeddings", "list", "ps", *MEMORY, "health", "models", "error", *ANSWERS]
 UNITS = ("_s", "_s_ago", "_bytes", "_tokens", "_tokens_per_s")
 UNITLESS = {
     # Counts, names of OpenAI's, and versions: the key says what is counted.
     "requests active_requests waiting_requests restarts faults parameters pid model_version created index",
     "sessions saved_sessions",
+    "seen confidence predictions hits",
     "n t",  # of the trace: framework/trace.py
 }
 
@@ -66,6 +75,9 @@ def test_the_schemas_share_their_definitions_with_core() -> None:
     assert found["finish_reason"]["enum"] == [*FinishReason]
     ps = schema("ps")["properties"]
     assert [*ps] == [f.name for f in dataclasses.fields(WorldStatus)]
+    workflows = schema("workflows")
+    assert [*workflows["properties"]] == [f.name for f in dataclasses.fields(WorkflowReport)]
+    assert [*workflows["$defs"]["workflow"]["properties"]] == [f.name for f in dataclasses.fields(Workflow)]
     assert [*ps["models"]["items"]["properties"]] == [f.name for f in dataclasses.fields(ModelStatus)]
 
 

@@ -18,6 +18,7 @@ from flexserve.flexmem.uffd import MADV_DONTNEED, advise
 from flexserve.worlds.linux import LinuxWorld, secure
 from flexserve.worlds.linux import world as world_module
 from flexserve.worlds.linux.channel import Channel, Measures, ToNormal, ToSecure
+from flexserve.worlds.linux.runner import Runner
 
 from ..world_fixtures import Device, linux_world
 
@@ -77,8 +78,18 @@ def world_inside(device: Device, **options: Any) -> Iterator[tuple[LinuxWorld, s
         with linux_world(device, hardened=False, **options) as world:
             inside = Inside.made.pop()
             yield world, inside
+        _stop(inside._runner)
         for model in inside._runner.models().values():
             model.close()
+
+
+def _stop(runner: Runner) -> None:
+    """A process would end now; here its threads go on, and must find nothing to do with models that are closed."""
+    runner.settle()
+    runner._run = lambda: None  # type: ignore[method-assign]  # events are only kept from now on
+    done = threading.Event()
+    runner._memory.put(done.set)
+    assert done.wait(60)
 
 
 def arena_of(inside: secure.SecureWorld) -> Arena:

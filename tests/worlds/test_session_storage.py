@@ -11,8 +11,9 @@ import pytest
 
 from flexserve.errors import StorageFailure, WorldCrashed
 from flexserve.sealed.session_file import SUFFIX
-from flexserve.worlds.linux.channel import SessionOffered, SessionSaved
+from flexserve.worlds.linux.channel import SessionOffered, SessionSaved, WorkflowsSaved
 from flexserve.worlds.linux.session_storage import SessionKeeper, SessionStorage
+from flexserve.worlds.linux.workflows import FILE
 
 
 def salt(number: int) -> bytes:
@@ -76,6 +77,8 @@ def test_the_keeper_saves_when_it_is_wanted_and_everything_at_the_end(tmp_path: 
     asked: list[bool] = []
 
     def call(kind: Any, make: Any, descriptors: tuple[int, ...], _process: object = None) -> Any:
+        if kind is WorkflowsSaved:
+            return WorkflowsSaved(1, None)
         assert kind is SessionSaved
         assert len(descriptors) == 1
         asked.append(make(1).everything)
@@ -134,6 +137,23 @@ def test_every_file_is_offered_once(tmp_path: Path) -> None:
     add(keeper.storage, 2)
     keeper.offer(None)
     assert sorted(offered) == [1, 2]
+
+
+def test_the_workflow_log_is_written_when_it_changed_and_not_too_often(tmp_path: Path) -> None:
+    answers = [b"one", None, b"three"]
+
+    def call(kind: Any, _make: Any, _descriptors: tuple[int, ...], _process: object = None) -> Any:
+        assert kind is WorkflowsSaved
+        return WorkflowsSaved(1, answers.pop(0))
+
+    keeper = SessionKeeper(tmp_path, call, nothing).workflows
+    keeper.save(now=False)  # it has just begun
+    assert names(tmp_path) == []
+    for content in (b"one", b"one", b"three"):
+        keeper.save(now=True)
+        assert names(tmp_path) == [FILE]
+        assert (tmp_path / FILE).read_bytes() == content
+    assert not answers
 
 
 def test_a_storage_that_refuses_is_told_of_so_that_nobody_waits(tmp_path: Path) -> None:

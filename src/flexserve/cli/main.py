@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "recall": ("recall", "take memory back from a running server"),
     "budget": ("budget", "show or set how much memory a running server may hold"),
     "trace": ("trace", "show what a running server decided about memory, and why"),
+    "workflows": ("workflows", "show or forget what a running server expects to be asked next"),
     "list": ("list", "name the models of a running server"),
     "keys": ("keys", "make vendor and device keys; manage trusted vendors"),
     "seal": ("seal", "encrypt and sign a GGUF model"),
@@ -34,6 +35,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("verify", "check every byte of a sealed model"),
     "optimize": ("optimize", "make this device's own, faster copy of a sealed model"),
     "bench": ("bench", "measure"),
+    "demo": ("demo", "show what the four demo models do together"),
     "tz": ("tz", "the trustzone world: our firmware on an emulated Arm machine"),
     "doctor": ("doctor", "say what this machine can protect, and against whom"),
 }

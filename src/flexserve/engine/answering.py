@@ -184,7 +184,7 @@ class Answering:
         loader, needs = self._on.loader, self._on.needs
         if self._guide is not None:
             match = self._on.sessions.match(prompt) if self._on.sessions else None
-            self._beginning = self._guide.begin(len(prompt), match, needs.rows(prompt))
+            self._beginning = self._guide.begin(prompt, match, needs.rows(prompt))
             if self._beginning is None:
                 return False
         else:

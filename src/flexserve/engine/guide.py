@@ -34,7 +34,7 @@ class Beginning:
 class Guide(Protocol):
     """Called by the thread that computes the answer. Each may wait, and raises what ends the answer."""
 
-    def begin(self, prompt_tokens: int, match: Match | None, rows: Sequence[Range]) -> Beginning | None:
+    def begin(self, prompt: Sequence[int], match: Match | None, rows: Sequence[Range]) -> Beginning | None:
         """The prompt is tokens now. `rows`: segments of its embedding rows. None: it was cancelled."""
 
     def before(self, tokens: int) -> Step:

@@ -1,31 +1,24 @@
-"""What only the admin socket answers: `ps`, `list`, and the verbs about memory. The socket's permissions are its
-authentication.
+"""What only the admin socket answers: `ps`, `list`, the verbs about memory and workflows.
+
+The socket's permissions are its authentication.
 
 Knows HTTP bodies and the gateway; the memory itself is the world's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
-
-import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from ..core import Budget
+from ..core import MAX_CLIENT_CHARS, Budget
 from ..errors import InvalidRequest
-from .bodies import BudgetBody, RecallAnswer, RecallBody, Trace
-from .gate import read_json, send_whole
+from .bodies import BudgetBody, ForgetBody, Forgotten, RecallAnswer, RecallBody, Trace
 from .gateway import Gateway
+from .posted import Posted, json_response
 
 MAX_BYTES = 1 << 60  # more than any machine has: "all"
 MAX_DEADLINE_S = 600.0
-_MAX_BODY_BYTES = 4096
-
-T = TypeVar("T")
 
 
 def admin_routes(gateway: Gateway) -> list[Route]:
@@ -67,41 +60,30 @@ def admin_routes(gateway: Gateway) -> list[Route]:
                 _check_size(name, size)
         return await gateway.budget(wanted.soft_bytes, wanted.hard_bytes, wanted.floor_bytes)
 
+    async def workflows(_: HttpRequest) -> Response:
+        return json_response(await gateway.workflows())
+
+    async def forget(wanted: ForgetBody) -> Forgotten:
+        given = (wanted.id is not None, wanted.client is not None, wanted.anonymous, wanted.all)
+        if sum(given) != 1:
+            raise InvalidRequest("exactly one of id, client, anonymous and all must be given")
+        for name in ("id", "client"):
+            value = getattr(wanted, name)
+            if value is not None and not 1 <= len(value) <= MAX_CLIENT_CHARS:
+                raise InvalidRequest(f"{name} must be 1 to {MAX_CLIENT_CHARS} characters")
+        return Forgotten(
+            await gateway.forget_workflows(wanted.client, anonymous=wanted.anonymous, workflow=wanted.id)
+        )
+
     return [
         Route("/admin/ps", ps, methods=["GET"]),
         Route("/admin/list", list_models, methods=["GET"]),
         Route("/admin/trace", trace, methods=["GET"]),
-        Route("/admin/recall", _Posted(RecallBody, recall), methods=["POST"]),
-        Route("/admin/budget", _Posted(BudgetBody, budget), methods=["POST"]),
+        Route("/admin/workflows", workflows, methods=["GET"]),
+        Route("/admin/workflows/forget", Posted(ForgetBody, forget), methods=["POST"]),
+        Route("/admin/recall", Posted(RecallBody, recall), methods=["POST"]),
+        Route("/admin/budget", Posted(BudgetBody, budget), methods=["POST"]),
     ]
-
-
-def json_response(data: Any) -> Response:
-    """A whole response, which nobody may keep."""
-    headers = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
-    return Response(msgspec.json.encode(data), media_type="application/json", headers=headers)
-
-
-class _Posted(Generic[T]):
-    """An ASGI application: the body is read with limits of its own."""
-
-    def __init__(self, cls: type[T], answer: Callable[[T], Awaitable[Any]]) -> None:
-        self._cls = cls
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read_json(scope, receive, limit=_MAX_BODY_BYTES)
-        if body is None:
-            return
-        answer = await self._answer(_decode(body, self._cls))
-        await send_whole(send, msgspec.json.encode(answer))
-
-
-def _decode(body: bytes, cls: type[T]) -> T:
-    try:
-        return msgspec.json.decode(body, type=cls)
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"the request body is not as it should be: {error}") from None
 
 
 def _check_size(name: str, value: int) -> None:

@@ -17,12 +17,16 @@ from starlette.types import Receive, Scope, Send
 from .. import __version__
 from ..core import Event, Finished
 from ..errors import FlexServeError
-from .admin import admin_routes, json_response
+from .admin import admin_routes
+from .bodies import WorkflowBody, WorkflowDeclared
 from .embeddings import Embeddings
 from .gate import EVENTS, Gate, HostRule, read_json, send_whole
 from .gateway import Gateway
+from .posted import Posted, json_response
 from .stream import AnswerStream
 from .wire import Shape, Wanted, decode_chat, decode_completion, model_object
+
+MAX_WORKFLOW_BODY = 16 << 10
 
 
 def api_app(gateway: Gateway, *, hosts: HostRule | None, api_key: bytes | None = None) -> Gate:
@@ -56,6 +60,10 @@ def _api_routes(gateway: Gateway) -> list[Route]:
             }
         )
 
+    async def declare(body: WorkflowBody) -> WorkflowDeclared:
+        await gateway.declare_workflow(body.client, body.name, body.steps)
+        return WorkflowDeclared("flexserve.workflow", body.name, body.steps, body.client)
+
     return [
         Route("/health", health, methods=["GET"]),
         Route("/v1/models", models, methods=["GET"]),
@@ -63,6 +71,11 @@ def _api_routes(gateway: Gateway) -> list[Route]:
         Route("/v1/chat/completions", Answers(gateway, decode_chat), methods=["POST"]),
         Route("/v1/completions", Answers(gateway, decode_completion), methods=["POST"]),
         Route("/v1/embeddings", Embeddings(gateway), methods=["POST"]),
+        Route(
+            "/flexserve/v1/workflows",
+            Posted(WorkflowBody, declare, limit=MAX_WORKFLOW_BODY),
+            methods=["POST"],
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What crosses the admin socket about memory, for both of its ends. Knows no HTTP."""
+"""What crosses the admin socket about memory and workflows, for both of its ends. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -42,3 +42,35 @@ class Trace(msgspec.Struct):
 
     restarts: int
     lines: list[str]
+
+
+class WorkflowBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /flexserve/v1/workflows. `steps`: models in the order in which they are asked."""
+
+    name: str
+    steps: list[str]
+    client: str | None = None
+
+
+class WorkflowDeclared(msgspec.Struct):
+    """The answer: what was declared."""
+
+    object: str
+    name: str
+    steps: list[str]
+    client: str | None
+
+
+class ForgetBody(msgspec.Struct, forbid_unknown_fields=True):
+    """POST /admin/workflows/forget. Exactly one of them is given."""
+
+    id: str | None = None
+    client: str | None = None
+    anonymous: bool = False
+    all: bool = False
+
+
+class Forgotten(msgspec.Struct):
+    """The answer: how many workflows are forgotten."""
+
+    forgotten: int

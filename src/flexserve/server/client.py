@@ -16,9 +16,29 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..core import Budget, Event, Finished, FinishReason, ModelInfo, Request, Timings, Token, WorldStatus
+from ..core import (
+    Budget,
+    Event,
+    Finished,
+    FinishReason,
+    ModelInfo,
+    Request,
+    Timings,
+    Token,
+    WorkflowReport,
+    WorldStatus,
+)
 from ..errors import EngineFailure, FlexServeError, ServerNotFound, WorldCrashed, by_code
-from .bodies import BudgetBody, RecallAnswer, RecallBody, Trace
+from .bodies import (
+    BudgetBody,
+    ForgetBody,
+    Forgotten,
+    RecallAnswer,
+    RecallBody,
+    Trace,
+    WorkflowBody,
+    WorkflowDeclared,
+)
 from .listen import check_private, default_admin_path
 
 TIMEOUT_S = 30.0
@@ -117,6 +137,16 @@ class ServerClient:
 
     def trace(self, after: int = 0) -> Trace:
         return self._get(f"/admin/trace?after={after}", Trace)
+
+    def workflows(self) -> WorkflowReport:
+        return self._get("/admin/workflows", WorkflowReport)
+
+    def declare_workflow(self, body: WorkflowBody) -> WorkflowDeclared:
+        return self._post("/flexserve/v1/workflows", body, WorkflowDeclared, TIMEOUT_S)
+
+    def forget_workflows(self, body: ForgetBody) -> int:
+        """How many are forgotten."""
+        return self._post("/admin/workflows/forget", body, Forgotten, TIMEOUT_S).forgotten
 
     def _get(self, endpoint: str, cls: type[T]) -> T:
         return self._ask("GET", endpoint, None, cls, TIMEOUT_S)
@@ -226,6 +256,12 @@ def _body(request: Request) -> tuple[str, dict[str, Any]]:
     body: dict[str, Any] = {"model": request.model, "stream": True, **sampling}
     body |= {"max_tokens": request.max_tokens, "stop": list(request.stop), "ignore_eos": request.ignore_eos}
     body["session"] = request.session
+    if (request.client, request.next_model, request.priority) != (None, None, 0):
+        body["flexserve"] = {
+            "client": request.client,
+            "next_model": request.next_model,
+            "priority": request.priority,
+        }
     if request.messages is not None:
         return "/v1/chat/completions", body | {"messages": msgspec.to_builtins(request.messages)}
     prompt = request.prompt if request.prompt is not None else list(request.token_ids or ())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ..core import Budget, ModelInfo, Request, WorldStatus
+from ..core import Budget, ModelInfo, Request, WorkflowReport, WorldStatus
 from ..errors import Busy, EngineFailure, ModelNotFound, ShuttingDown
-from ..worlds.base import ModelSource, Recalled, Recalling, World
+from ..worlds.base import ModelSource, Recalled, Recalling, World, check_workflow
 from .stream import AnswerStream
 
 MAX_IN_FLIGHT = 64  # each costs a thread; the world has its own, usually lower, bound
@@ -48,6 +48,8 @@ class Gateway:
         """
         self.check_open()
         self.model(request.model)
+        if request.next_model is not None:
+            self.model(request.next_model)
         if len(self._streams) >= self._max_in_flight:
             raise Busy(f"{len(self._streams)} requests are in flight already")
         stream = AnswerStream(self.world, request, self._streams.discard)
@@ -85,6 +87,23 @@ class Gateway:
     async def trace(self, after: int) -> list[str]:
         """As `World.trace`. Raises `EngineFailure`."""
         return await self._ask(lambda: self.world.trace(after))
+
+    async def workflows(self) -> WorkflowReport:
+        """As `World.workflows`. Raises `EngineFailure`."""
+        return await self._ask(self.world.workflows)
+
+    async def declare_workflow(self, client: str | None, name: str, models: Sequence[str]) -> None:
+        """As `World.declare_workflow`, and raises `ModelNotFound` for a step that no model answers."""
+        check_workflow(client, name, models)
+        for model in models:
+            self.model(model)
+        await self._ask(lambda: self.world.declare_workflow(client, name, models))
+
+    async def forget_workflows(self, client: str | None, *, anonymous: bool, workflow: str | None) -> int:
+        """As `World.forget_workflows`. Raises `EngineFailure`."""
+        return await self._ask(
+            lambda: self.world.forget_workflows(client, anonymous=anonymous, workflow=workflow)
+        )
 
     async def _ask(self, call: Callable[[], T]) -> T:
         self.check_open()

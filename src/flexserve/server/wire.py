@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..core import Finished, FinishReason, Message, ModelInfo, Request, Sampling
+from ..core import MAX_CLIENT_CHARS, Finished, FinishReason, Message, ModelInfo, Request, Sampling
 from ..errors import FlexServeError, InvalidRequest
 
 # Fields that would change the answer, and the values that ask for nothing. Everything else is refused.
@@ -69,6 +69,14 @@ class _StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
+class _Hints(msgspec.Struct, forbid_unknown_fields=True):
+    """Ours: who asks, what is asked next, how urgent it is (docs/workflows.md)."""
+
+    client: str | None = None
+    next_model: str | None = None
+    priority: int | None = None
+
+
 class _Body(msgspec.Struct):
     model: str
     stream: bool | None = None
@@ -84,6 +92,8 @@ class _Body(msgspec.Struct):
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
     session: str | None = None
+    user: Any = None
+    flexserve: _Hints | None = None
 
 
 class _ChatBody(_Body, kw_only=True):
@@ -177,6 +187,7 @@ def _wanted(data: _Body, *, chat: bool, **prompt: Any) -> Wanted:
         raise InvalidRequest("stream_options is for streams only", hint="send stream: true with it")
     names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
     given = {name: value for name in names if (value := getattr(data, name)) is not None}
+    hints = data.flexserve or _Hints()
     stop = (data.stop,) if isinstance(data.stop, str) else tuple(data.stop or ())
     request = Request(
         id=("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
@@ -186,10 +197,19 @@ def _wanted(data: _Body, *, chat: bool, **prompt: Any) -> Wanted:
         ignore_eos=bool(data.ignore_eos),
         sampling=Sampling(**given),
         session=data.session,
+        client=hints.client if hints.client is not None else _client_of(data.user),
+        next_model=hints.next_model,
+        priority=hints.priority or 0,
         **prompt,
     )
     usage = data.stream_options is not None and bool(data.stream_options.include_usage)
     return Wanted(request, chat=chat, stream=bool(data.stream), include_usage=usage)
+
+
+def _client_of(user: Any) -> str | None:
+    """OpenAI's `user` tells clients apart where it can; whatever it is, it never makes a request wrong."""
+    fits = isinstance(user, str) and 1 <= len(user) <= MAX_CLIENT_CHARS and user.isprintable()
+    return user if fits else None
 
 
 # Answers

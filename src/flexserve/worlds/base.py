@@ -5,13 +5,22 @@ A world is thread-safe: the gateway calls it from many threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..core import Budget, Event, ModelInfo, Request, WorldStatus
-from ..errors import Usage
+from ..core import (
+    MAX_WORKFLOW_STEPS,
+    Budget,
+    Event,
+    ModelInfo,
+    Request,
+    WorkflowReport,
+    WorldStatus,
+    check_client,
+)
+from ..errors import InvalidRequest, Usage
 
 RECALL_DEADLINE_S = 10.0
 MAX_ADAPTER_SCALE = 1000.0
@@ -43,6 +52,17 @@ class ModelSource:
     copy: Path | None = None
     use_copy: bool = True
     adapter: AdapterSource | None = None
+
+
+def check_workflow(client: str | None, name: str, models: Sequence[str]) -> None:
+    """The rules about a declared workflow. Raises `InvalidRequest`."""
+    check_client(client)
+    if not (1 <= len(name) <= 64 and name.isprintable()):
+        raise InvalidRequest("name must be 1 to 64 printable characters")
+    if not 2 <= len(models) <= MAX_WORKFLOW_STEPS:
+        raise InvalidRequest(f"steps must be 2 to {MAX_WORKFLOW_STEPS} models")
+    if not all(1 <= len(model) <= 128 for model in models):
+        raise InvalidRequest("each of steps must be the name of a model: 1 to 128 characters")
 
 
 class Generation(Protocol):
@@ -141,6 +161,23 @@ class World(Protocol):
 
         Those of events whose number `n` is above `after`; the oldest are forgotten. A secure world that was started
         again counts from 1."""
+
+    def workflows(self) -> WorkflowReport:
+        """What is known of what clients ask one after the other, and what prefetch made of it."""
+
+    def declare_workflow(self, client: str | None, name: str, models: Sequence[str]) -> None:
+        """A client (None: all that give no name) says which models it will ask, one after the other.
+
+        Raises `InvalidRequest` (`check_workflow`), `WorldCrashed`.
+        """
+
+    def forget_workflows(
+        self, client: str | None = None, *, anonymous: bool = False, workflow: str | None = None
+    ) -> int:
+        """Forget one workflow by its id, those of a client, those of the clients without a name, or all; how many.
+
+        Raises `NotFound` for an id that none has, `WorldCrashed`.
+        """
 
     def status(self) -> WorldStatus: ...
 

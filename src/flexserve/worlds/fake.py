@@ -15,10 +15,21 @@ import os
 import queue
 import threading
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core import Budget, Event, Finished, ModelInfo, ModelStatus, Request, WorldStatus
+from ..core import (
+    Budget,
+    Event,
+    Finished,
+    ModelInfo,
+    ModelStatus,
+    Request,
+    Workflow,
+    WorkflowReport,
+    WorldStatus,
+)
 from ..engine.fake import FakeEngine
 from ..errors import (
     Busy,
@@ -38,11 +49,14 @@ from ..errors import (
 )
 from ..framework import events as ev
 from ..framework import trace
-from .base import RECALL_DEADLINE_S, ModelSource, Recalled
+from ..framework.settings import Settings
+from ..framework.workflows import Step, WorkflowLog
+from .base import RECALL_DEADLINE_S, ModelSource, Recalled, check_workflow
 
 DEVICE = "this device"
 VENDOR = "trusted vendor"
 TRACE_LINES = 1024
+WORKFLOW_SETTINGS = Settings()
 BUDGET = Budget(1 << 30, 2 << 30, 0, 0)
 
 
@@ -158,6 +172,7 @@ class FakeWorld:
         self._budget = budget  # what is held is counted when somebody asks
         self._trace: deque[tuple[int, str]] = deque(maxlen=TRACE_LINES)
         self._events = 0
+        self._workflows = WorkflowLog()
 
     def start(self) -> None:
         with self._changed:
@@ -201,6 +216,9 @@ class FakeWorld:
             if len(self._waiting) >= self.max_waiting:
                 raise Busy(f"{len(self._waiting)} requests are waiting already")
             generation = FakeGeneration(request, self._clock.now())
+            self._workflows.step(
+                self._clock.now(), request.client or "", Step(request.model), WORKFLOW_SETTINGS
+            )
             self._waiting.append(generation)
             self._changed.notify_all()
         return generation
@@ -247,6 +265,48 @@ class FakeWorld:
         with self._changed:
             self._check_running()
             return [line for number, line in self._trace if number > after]
+
+    def workflows(self) -> WorkflowReport:
+        """Learned as in every world; nothing is fetched here."""
+        with self._changed:
+            self._check_running()
+            entries = self._workflows.entries(self._clock.now(), WORKFLOW_SETTINGS)
+        return WorkflowReport(
+            prefetch=False,
+            workflows=tuple(
+                Workflow(
+                    e.id,
+                    e.client,
+                    e.steps,
+                    e.next_model,
+                    e.seen,
+                    e.confidence,
+                    0,
+                    0,
+                    0,
+                    0.0,
+                    e.age_s,
+                    e.declared,
+                )
+                for e in entries
+            ),
+        )
+
+    def declare_workflow(self, client: str | None, name: str, models: Sequence[str]) -> None:
+        check_workflow(client, name, models)
+        with self._changed:
+            self._check_running()
+            self._workflows.declare(self._clock.now(), client or "", name, models, WORKFLOW_SETTINGS)
+
+    def forget_workflows(
+        self, client: str | None = None, *, anonymous: bool = False, workflow: str | None = None
+    ) -> int:
+        with self._changed:
+            self._check_running()
+            gone = self._workflows.forget("" if anonymous else client, workflow)
+        if workflow is not None and not gone:
+            raise NotFound(f"no workflow has the id {workflow!r}", hint="`flexserve workflows` lists them")
+        return gone
 
     def status(self) -> WorldStatus:
         with self._changed:

@@ -17,12 +17,22 @@ from typing import Annotated, Any
 
 import msgspec
 
-from ...core import Budget, DeviceCopyInfo, Finished, ModelInfo, Request, WorldStatus
+from ...core import (
+    MAX_WORKFLOW_STEPS,
+    Budget,
+    DeviceCopyInfo,
+    Finished,
+    ModelInfo,
+    Request,
+    WorkflowReport,
+    WorldStatus,
+)
 from ...errors import EngineFailure, FlexServeError, by_code
 from ...framework.settings import Settings
 from ..base import MAX_ADAPTER_SCALE
 
 MAX_FRAME = 64 << 20
+MAX_WORKFLOW_BYTES = 8 << 20
 MAX_DESCRIPTORS = 5  # of one message: a model and its copy, both past the page cache too, and an adapter
 _LENGTH = struct.Struct("<I")
 
@@ -143,6 +153,43 @@ class SaveSession(_Message):
 
     call: int
     everything: bool = False
+
+
+class OfferWorkflows(_Message):
+    """Go on with a saved workflow log, if it is this device's."""
+
+    call: int
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_WORKFLOW_BYTES)]
+
+
+class SaveWorkflows(_Message):
+    """Seal the workflow log, if it has changed since it was sealed last."""
+
+    call: int
+
+
+class Workflows(_Message):
+    """Report what is known of workflows."""
+
+    call: int
+
+
+class DeclareWorkflow(_Message):
+    """A client says which models it will ask, one after the other."""
+
+    call: int
+    client: Text | None
+    name: Text
+    models: Annotated[list[Text], msgspec.Meta(min_length=2, max_length=MAX_WORKFLOW_STEPS)]
+
+
+class ForgetWorkflows(_Message):
+    """Forget one workflow, those of a client, those of the clients that gave no name (`anonymous`), or all."""
+
+    call: int
+    client: Text | None
+    anonymous: bool
+    id: Text | None
 
 
 class CannotSave(_Message):
@@ -290,6 +337,34 @@ class SessionSaved(_Message):
     gone: list[bytes]
 
 
+class WorkflowsOffered(_Message):
+    """The answer to `OfferWorkflows`: why the log is not believed; empty: it is."""
+
+    call: int
+    why: str
+
+
+class WorkflowsSaved(_Message):
+    """The answer to `SaveWorkflows`; None: it is as it was."""
+
+    call: int
+    data: bytes | None
+
+
+class WorkflowsReported(_Message):
+    """The answer to `Workflows`."""
+
+    call: int
+    report: WorkflowReport
+
+
+class WorkflowsForgotten(_Message):
+    """The answer to `ForgetWorkflows`, and with 0 to `DeclareWorkflow`."""
+
+    call: int
+    count: int
+
+
 ToSecure = (
     Configure
     | Register
@@ -303,6 +378,11 @@ ToSecure = (
     | Status
     | OfferSession
     | SaveSession
+    | OfferWorkflows
+    | SaveWorkflows
+    | Workflows
+    | DeclareWorkflow
+    | ForgetWorkflows
     | CannotSave
 )
 CallAnswer = (
@@ -315,6 +395,10 @@ CallAnswer = (
     | Reported
     | SessionOffered
     | SessionSaved
+    | WorkflowsOffered
+    | WorkflowsSaved
+    | WorkflowsReported
+    | WorkflowsForgotten
 )
 ToNormal = (
     Ready | Tokens | Ended | Failed | RecallBegan | RecallEnded | OfferWanted | SavesWanted | CallAnswer

@@ -34,6 +34,7 @@ class Run:
         self.name = request.id
         self.session: str | None = None  # the Framework's name of the session that the client asked for
         self.streamed_bytes = 0
+        self.prefetched_bytes = 0
         self.suspended_s = 0.0
         self.tokens = 0  # in its session, at the end
         self._runner = runner
@@ -96,7 +97,10 @@ class Run:
     def with_times(self, finished: Finished) -> Finished:
         """The answer, with what memory cost it."""
         timings = dataclasses.replace(
-            finished.timings, streamed_bytes=self.streamed_bytes, suspended_s=self.suspended_s
+            finished.timings,
+            streamed_bytes=self.streamed_bytes,
+            suspended_s=self.suspended_s,
+            prefetched_bytes=self.prefetched_bytes,
         )
         return dataclasses.replace(finished, timings=timings)
 
@@ -107,11 +111,12 @@ class Run:
 
     # The compute thread's side
 
-    def begin(self, prompt_tokens: int, match: Match | None, rows: Sequence[Range]) -> Beginning | None:
+    def begin(self, prompt: Sequence[int], match: Match | None, rows: Sequence[Range]) -> Beginning | None:
         """See `Guide`."""
         session, source = self._runner.session_for(self, match)
         matched = match.cut if match is not None and source is not None else 0
-        event = ev.PromptTokenized(self.name, session, prompt_tokens, source, matched, tuple(rows))
+        prefix = self._runner.prefix_of(self.model, prompt)
+        event = ev.PromptTokenized(self.name, session, len(prompt), source, matched, tuple(rows), prefix)
         self._runner.post(event)
         with self._changed:
             self._changed.wait_for(lambda: self._beginning or self._over)

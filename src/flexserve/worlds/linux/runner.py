@@ -16,9 +16,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ...core import Budget, Request
 from ...engine.guide import Beginning
@@ -35,9 +35,12 @@ from ...framework.tables import SegmentTrigger
 from ...framework.view import View
 from .outside import Outside, changes, pieces, session_name
 from .run import Run
+from .workflow_seal import Digests
 
 if TYPE_CHECKING:
     from .saving import Saver
+
+T = TypeVar("T")
 
 TRACE_EVENTS = 4096
 TICK_S = 0.05  # between two of them, at least
@@ -77,6 +80,7 @@ class Runner:
         self._later: deque[Callable[[], None]] = deque()
         self._clock_changed = threading.Condition()
         self.saver: Saver | None = None  # set once, before anything is posted
+        self.digests: Digests | None = None  # the same; without, no workflow is told apart
         for name, work in (("memory", self._work_on_memory), ("clock", self._watch_clock)):
             threading.Thread(target=work, name=name, daemon=True).start()
 
@@ -222,8 +226,9 @@ class Runner:
         if run is None:  # it ended by itself meanwhile
             return
         match effect:
-            case ef.StartRequest():
+            case ef.StartRequest(_, prefetched_bytes):
                 run.start()
+                run.prefetched_bytes = prefetched_bytes
                 run.streamed_bytes = self._streamed.get(run.model, 0)
                 self._outside.compute(run)
             case ef.ComputePrompt(_, session, source, reuse, kv_tokens):
@@ -365,8 +370,8 @@ class Runner:
         """A model is ready to answer."""
         with self._lock:
             self._models[name] = _Model(model)
-        event = ev.ModelRegistered(name, model.parts, model.kv_bytes_per_token, model.context_tokens)
-        self.post(event)
+        said = model.parts, model.kv_bytes_per_token, model.context_tokens, model.info.name
+        self.post(ev.ModelRegistered(name, *said))
         self._sessions.find()
 
     def remove(self, name: str) -> None:
@@ -388,7 +393,9 @@ class Runner:
             if run.name in self._runs:
                 return False
             self._runs[run.name] = run
-        self.post(ev.RequestArrived(run.name, model, run.session))
+        client = "" if self.digests is None else self.digests.client(request.client)
+        said = request.priority, client, request.next_model or ""
+        self.post(ev.RequestArrived(run.name, model, run.session, *said))
         return True
 
     def cancel(self, name: str) -> Run | None:
@@ -445,9 +452,21 @@ class Runner:
                 run.beginning is not None and run.beginning.session == session for run in self._runs.values()
             )
 
-    def view(self) -> View:
+    def prefix_of(self, model: str, tokens: Sequence[int]) -> str:
+        """The digest of how a prompt for this model (the Framework's name) begins."""
+        with self._lock:
+            known = self._models.get(model)
+        if known is None or self.digests is None:
+            return ""
+        return self.digests.prefix(known.model.info.name, tokens)
+
+    def ask(self, look: Callable[[Framework], T]) -> T:
+        """What the Framework says between two events."""
         with self._deciding:
-            return self._framework.view()
+            return look(self._framework)
+
+    def view(self) -> View:
+        return self.ask(Framework.view)
 
     def budget(self) -> Budget:
         view = self.view()

@@ -185,7 +185,9 @@ class Saver:
                 return self._runner.name_found(model_name, session.tokens.name, self.store.has)
 
             for session in self.store.name_saved(model.sessions.made_by, give):
-                self._runner.post(ev.SessionFound(session.id, name, len(session.tokens.ids)))
+                tokens = session.tokens.ids
+                prefix = self._runner.prefix_of(name, tokens)
+                self._runner.post(ev.SessionFound(session.id, name, len(tokens), prefix))
 
     def unname(self, made_by: MadeBy, model: str) -> None:
         """A model is closed: its saved sessions are nobody's until it is registered again."""

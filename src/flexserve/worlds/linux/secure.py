@@ -22,7 +22,7 @@ from collections.abc import Callable
 # Imported when first used, when no file can be opened any more.
 from cryptography.hazmat.backends.openssl import backend as _backend  # noqa: F401
 
-from ...core import Budget, Finished, FinishReason, Timings, Token, WorldStatus
+from ...core import Finished, FinishReason, Timings, Token
 from ...engine import llama
 from ...engine.adapter import SealedAdapter, of_the_adapter
 from ...engine.layout import CopyFiles, copy_info, make_copy
@@ -33,7 +33,6 @@ from ...errors import (
     DeviceCopyRefused,
     EngineFailure,
     FlexServeError,
-    InvalidRequest,
     ModelUnsupported,
 )
 from ...flexmem import repack
@@ -46,19 +45,21 @@ from ...sealed.reader import SealedModel
 from ...sealed.secret import is_secret, wipe
 from .channel import (
     AdapterUse,
-    BudgetReported,
     Cancel,
     CannotSave,
     Channel,
     ChannelBroken,
     Configure,
+    DeclareWorkflow,
     Ended,
     Failed,
+    ForgetWorkflows,
     Generate,
     Measures,
     Offer,
     OfferSession,
     OfferWanted,
+    OfferWorkflows,
     Optimize,
     Optimized,
     Progressed,
@@ -72,6 +73,7 @@ from .channel import (
     Reported,
     SaveSession,
     SavesWanted,
+    SaveWorkflows,
     SessionOffered,
     SessionSaved,
     SetBudget,
@@ -81,13 +83,17 @@ from .channel import (
     ToSecure,
     Trace,
     Traced,
+    Workflows,
     failed,
 )
 from .configured import device_key, framework_settings, trusted_vendors
 from .outside import ModelListener, Outside
+from .reporting import set_budget, status
 from .run import Run
 from .runner import Runner
 from .saving import Saver
+from .workflow_calls import WorkflowCalls
+from .workflow_seal import Digests
 
 PROGRESS_PERIOD_S = 0.1
 _Call = Register | Optimize
@@ -139,6 +145,8 @@ class SecureWorld(Outside):
             saves=configure.saves,
             tell=lambda: self._tell(SavesWanted()),
         )
+        digests = self._runner.digests = Digests(self.device)
+        self._workflows = WorkflowCalls(self._runner, self.device, digests)
         self._names: dict[str, str] = {}  # of the models: ours -> the Framework's
         self._descriptors: dict[str, list[int]] = {}  # of the models' files, by the Framework's name
         self._work: queue.SimpleQueue[tuple[_Call, list[int]] | tuple[Run, None]] = queue.SimpleQueue()
@@ -179,64 +187,22 @@ class SecureWorld(Outside):
                 self._runner.post(ev.PressureRecall(call, max(nbytes, 0), deadline_s))
             case Offer(nbytes):
                 self._runner.post(ev.Offer(max(nbytes, 0)))
-            case SetBudget(call):
-                self._set_budget(message)
+            case SetBudget():
+                self._tell(set_budget(self._runner, message))
             case Trace(call, after):
                 self._runner.settle()
                 self._tell(Traced(call, self._runner.trace(after)))
             case Status(call):
-                self._runner.settle()
-                self._tell(Reported(call, self._status()))
+                uptime_s = time.perf_counter() - self._started
+                with self._lock:
+                    names = list(self._names.values())
+                self._tell(
+                    Reported(call, status(self._runner, names, uptime_s=uptime_s, flexmem=self.flexmem))
+                )
+            case OfferWorkflows() | SaveWorkflows() | Workflows() | DeclareWorkflow() | ForgetWorkflows():
+                self._tell(self._workflows.answer(message))
             case Configure():
                 raise ChannelBroken("the secure world is configured once")
-
-    def _set_budget(self, message: SetBudget) -> None:
-        self._runner.settle()
-        now = self._runner.budget()
-        hard = now.hard_bytes if message.hard_bytes is None else message.hard_bytes
-        floor = now.floor_bytes if message.floor_bytes is None else message.floor_bytes
-        if floor > hard or min(hard, floor, message.soft_bytes or 0) < 0:
-            error = InvalidRequest(
-                f"limits are no sizes, or the floor of {floor} bytes is above the hard cap of {hard} bytes"
-            )
-            self._tell(failed(error, call=message.call))
-            return
-        if (message.soft_bytes, message.hard_bytes, message.floor_bytes) != (None, None, None):
-            self._runner.post(ev.BudgetSet(message.soft_bytes, message.hard_bytes, message.floor_bytes))
-            self._runner.settle()
-        self._tell(BudgetReported(message.call, self._runner.budget()))
-
-    def _status(self) -> WorldStatus:
-        view = self._runner.view()
-        views = {one.model: one for one in view.models}
-        models = []
-        with self._lock:
-            names = list(self._names.items())
-        known = self._runner.models()
-        for _, name in names:
-            model = known.get(name)
-            if model is None:
-                continue
-            status = model.status()
-            if (seen := views.get(name)) is not None:
-                status = dataclasses.replace(
-                    status,
-                    prefix_bytes=seen.prefix,
-                    budget_bytes=seen.budget,
-                    streamed_bytes=seen.streamed,
-                )
-            models.append(status)
-        return WorldStatus(
-            world="linux",
-            pid=os.getpid(),
-            uptime_s=time.perf_counter() - self._started,
-            active_requests=view.active,
-            waiting_requests=view.queued,
-            restarts=0,  # the supervisor knows
-            flexmem=self.flexmem,
-            models=tuple(models),
-            budget=Budget(view.budget, view.cap, view.floor, view.held),
-        )
 
     # What the runner tells (runner.Outside), on any thread
 

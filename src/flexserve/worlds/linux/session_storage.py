@@ -17,6 +17,7 @@ from typing import Any
 from ...errors import FlexServeError, StorageFailure
 from ...sealed.session_file import SUFFIX
 from .channel import OfferSession, SaveSession, SessionOffered, SessionSaved
+from .workflows import WorkflowKeeper
 
 LIMIT_BYTES = 4 << 30  # the oldest files go first
 MAX_FILES = 256
@@ -48,6 +49,11 @@ class SessionStorage:
         except OSError as error:
             raise StorageFailure(f"cannot give {self._directory} to user {uid}: {error.strerror}") from error
         self._directory = Path(f"/proc/self/fd/{self._fd}")
+
+    @property
+    def directory(self) -> Path:
+        """As this user reaches it now."""
+        return self._directory
 
     def open_all(self) -> list[int]:
         """Descriptors of all files, newest first; those that are too many or too much are deleted."""
@@ -127,6 +133,7 @@ class SessionKeeper:
         """`call(kind, make, descriptors, process)`: sends, and waits for the answer. `cannot`: say that nothing can be
         saved now. Raises `StorageFailure`."""
         self.storage = SessionStorage(directory)
+        self.workflows = WorkflowKeeper(lambda: self.storage.directory, call)
         self._call = call
         self._cannot = cannot
         self._saving = threading.Lock()
@@ -145,6 +152,7 @@ class SessionKeeper:
 
         Raises `WorldCrashed`.
         """
+        self.workflows.offer(process)
         for fd in (descriptors := self.storage.open_all()):
             try:
                 self._call(SessionOffered, OfferSession, (fd,), process)
@@ -195,11 +203,14 @@ class SessionKeeper:
         self._thread = None
         with contextlib.suppress(FlexServeError):
             self.save()
+        with contextlib.suppress(FlexServeError):
+            self.workflows.save(now=True)
 
     def _run(self) -> None:
         while self._wait():
             try:
                 self.save(everything=False)
+                self.workflows.save(now=False)
             except StorageFailure:  # the disk is full
                 self._cannot()
             except FlexServeError:  # the process ends

@@ -57,6 +57,7 @@ from .session_storage import SessionKeeper
 from .starter import Starter
 from .storage import Storage, given_away
 from .users import become
+from .workflows import WorkflowMethods
 
 _Answer = TypeVar("_Answer")
 
@@ -77,7 +78,7 @@ class _NotStarted(EngineFailure):
     """The process ended before it was ready, and gave no reason."""
 
 
-class LinuxWorld:
+class LinuxWorld(WorkflowMethods):
     """`worlds.base.World` on stock Linux. Thread-safe."""
 
     name = "linux"
