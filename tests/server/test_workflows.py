@@ -112,6 +112,7 @@ def test_a_declared_workflow_is_listed_before_it_happened(running: Running) -> N
         ({"name": "w", "steps": ["demo"] * 17}, 400),
         ({"name": "", "steps": ["demo", "demo"]}, 400),
         ({"name": "w\x00", "steps": ["demo", "demo"]}, 400),
+        ({"name": "what I asked", "steps": ["demo", "demo"]}, 400),
         ({"name": "w", "steps": ["demo", 7]}, 400),
         ({"name": "w", "steps": ["demo", "demo"], "more": 1}, 400),
         ({"name": "w", "steps": ["demo", "demo"], "client": "\t"}, 400),

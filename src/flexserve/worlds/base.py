@@ -5,6 +5,7 @@ A world is thread-safe: the gateway calls it from many threads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..core import (
 from ..errors import InvalidRequest, Usage
 
 RECALL_DEADLINE_S = 10.0
+_WORKFLOW_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_ADAPTER_SCALE = 1000.0
 
 
@@ -55,10 +57,10 @@ class ModelSource:
 
 
 def check_workflow(client: str | None, name: str, models: Sequence[str]) -> None:
-    """The rules about a declared workflow. Raises `InvalidRequest`."""
+    """The rules about a declared workflow: its name is an id, since it is listed and kept. Raises `InvalidRequest`."""
     check_client(client)
-    if not (1 <= len(name) <= 64 and name.isprintable()):
-        raise InvalidRequest("name must be 1 to 64 printable characters")
+    if not _WORKFLOW_NAME.fullmatch(name):
+        raise InvalidRequest("name must be 1 to 64 letters, digits, '.', '_' and '-'")
     if not 2 <= len(models) <= MAX_WORKFLOW_STEPS:
         raise InvalidRequest(f"steps must be 2 to {MAX_WORKFLOW_STEPS} models")
     if not all(1 <= len(model) <= 128 for model in models):
