@@ -75,6 +75,30 @@ def test_a_refused_segment_leaves_zeros_in_the_output(kit: Kit) -> None:
     assert not any(out)
 
 
+def test_a_run_of_segments_is_decrypted_as_one_by_one_and_the_first_refused_one_leaves_zeros(
+    small: Kit,
+) -> None:
+    with small.flex.open("rb") as file:
+        model = unlocked(small, file.fileno())
+        image = image_of(model)
+        for kind in (RegionKind.EMBED, RegionKind.BODY):
+            region = model.manifest.region(kind)
+            sealed = memoryview(bytearray(region.padded_bytes + 16))
+            pread_exact(file.fileno(), sealed[:-16], region.file_offset)
+            out = bytearray(region.padded_bytes)
+            run = (region.first_segment, region.segment_count)
+            model.decrypt_run_into(*run, sealed, memoryview(out))
+            assert out == image[region.image_offset : region.image_offset + region.padded_bytes]
+            with pytest.raises(ValueError, match="wrong buffers"):
+                model.decrypt_run_into(*run, sealed[1:], memoryview(out))
+            pread_exact(file.fileno(), sealed[:-16], region.file_offset)  # tags were written into it
+            sealed[region.unit_bytes + 7] ^= 1
+            with pytest.raises(SegmentNotAuthentic, match=f"segment {region.first_segment + 1} "):
+                model.decrypt_run_into(*run, sealed, memoryview(out))
+            second = out[region.unit_bytes : 2 * region.unit_bytes]
+            assert not any(second)
+
+
 def test_buffers_of_another_size_are_refused_before_anything_is_written(kit: Kit) -> None:
     with kit.flex.open("rb") as file:
         model = unlocked(kit, file.fileno())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..errors import SealedTruncated, SegmentNotAuthentic, StorageFailure
+from ..sealed.crypto import TAG_BYTES
 from ..sealed.reader import UnlockedImage, pread_exact
 from . import uffd
 from .arena import Span
@@ -136,21 +137,16 @@ class SealedSource:
 
     def fetch(self, span: Span, staging: Staging) -> FetchTimes:
         """See `Source.fetch`."""
-        segments = self._model.segments
         start = time.perf_counter()
         try:
-            self._read(segments[span.first].file_offset, staging.cipher[: span.length])
+            self._read(self._model.segments[span.first].file_offset, staging.cipher[: span.length])
         except (SealedTruncated, StorageFailure) as error:
             # For whoever waits for the answer it is one failure: this segment cannot be had.
             raise SegmentNotAuthentic(f"segment {span.first} cannot be read: {error.message}") from error
         read = time.perf_counter()
-        decrypt = self._model.decrypt_into
-        at = span.length
-        # From the end: the tag of a segment goes where its successor's ciphertext begins.
-        for index in range(span.first + span.count - 1, span.first - 1, -1):
-            length = segments[index].length
-            at -= length
-            decrypt(index, staging.cipher[at : at + length + 16], staging.plain[at : at + length])
+        self._model.decrypt_run_into(
+            span.first, span.count, staging.cipher[: span.length + TAG_BYTES], staging.plain[: span.length]
+        )
         return FetchTimes(read - start, time.perf_counter() - read)
 
     def _read(self, offset: int, out: memoryview) -> None:

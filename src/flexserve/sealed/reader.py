@@ -220,22 +220,38 @@ class UnlockedImage:
 
         Raises `SegmentNotAuthentic`; `ValueError` when a buffer has another size.
         """
-        kind, length = self._kind_and_length(index)
-        if len(ciphertext) != length + TAG_BYTES or len(out) != length:
-            raise ValueError(f"segment {index} has {length} bytes: wrong buffers")
-        ciphertext[length:] = self._tag(index)
-        try:
-            self._cipher.decrypt_into(kind, index, ciphertext, length, out)
-        except InvalidTag:
-            out[:] = bytes(length)
-            segment = self.segments[index]
-            raise SegmentNotAuthentic(
-                f"segment {index} ({segment.kind.name}, file offset {segment.file_offset}) is not authentic"
-            ) from None
+        self.decrypt_run_into(index, 1, ciphertext, out)
 
-    def _tag(self, index: int) -> bytes:
-        start = index * self._entry_bytes
-        return self._table[start : start + TAG_BYTES]
+    def decrypt_run_into(self, first: int, count: int, ciphertext: memoryview, out: memoryview) -> None:
+        """The same for `count` segments of one region, one behind the other in both buffers; `ciphertext` has room
+        for one tag at its end. All in one loop, because a segment of EMBED takes 2 microseconds to decrypt.
+
+        When one of them fails, those behind it are in `out` as plaintext already.
+        """
+        kind, unit = self._kind_and_length(first)
+        _, length = self._kind_and_length(first + count - 1)
+        at = (count - 1) * unit
+        if len(ciphertext) != at + length + TAG_BYTES or len(out) != at + length:
+            raise ValueError(
+                f"segments {first} to {first + count - 1} have {at + length} bytes: wrong buffers"
+            )
+        table, entry, decrypt = self._table, self._entry_bytes, self._cipher.decrypt_into
+        # From the end: the tag of a segment goes where its successor's ciphertext begins.
+        for index in range(first + count - 1, first - 1, -1):
+            end = at + length
+            ciphertext[end : end + TAG_BYTES] = table[index * entry : index * entry + TAG_BYTES]
+            try:
+                decrypt(kind, index, ciphertext[at : end + TAG_BYTES], length, out[at:end])
+            except InvalidTag:
+                out[at:end] = bytes(length)
+                raise self._not_authentic(index) from None
+            at, length = at - unit, unit
+
+    def _not_authentic(self, index: int) -> SegmentNotAuthentic:
+        segment = self.segments[index]
+        return SegmentNotAuthentic(
+            f"segment {index} ({segment.kind.name}, file offset {segment.file_offset}) is not authentic"
+        )
 
 
 class UnlockedModel(UnlockedImage):
