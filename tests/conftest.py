@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from flexserve.worlds.base import ModelSource
 
 from .sealed_fixtures import SMALL, TINY, Kit, make_kit
 from .world_fixtures import Device, make_device
+
+os.environ["FLEXSERVE_CALIBRATE"] = "0"  # servers that tests start measure nothing, unless a test asks for it
 
 # An example takes as long as the machine lets it: where others compute, single ones take seconds.
 settings.register_profile("flexserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])

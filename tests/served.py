@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +66,15 @@ class Served:
 
 @contextmanager
 def served(
-    device: Device, source: ModelSource, directory: Path, *, hardened: bool = True
+    device: Device,
+    source: ModelSource,
+    directory: Path,
+    *,
+    hardened: bool = True,
+    more: Sequence[str] = (),
 ) -> Iterator[Served]:
-    """Serve one model under the name `m`, as a user without capabilities; killed at the end if still there."""
+    """Serve one model under the name `m`, as a user without capabilities; killed at the end if still there. `more`:
+    of the command line."""
     d = directory
     for name in ("home", "tmp", "work", "config", "state", "run"):
         (d / name).mkdir(mode=0o700, exist_ok=True)
@@ -87,6 +93,7 @@ def served(
         "serve", "--model", model, "--device-key", str(device.key_path),
         "--vendor-pub", str(device.vendor_path), "--port", "0", "--admin-socket", str(d / "a.sock"),
         "--threads", "1",  # more of them wait for each other where other programs keep a processor busy
+        "--no-calibrate", *more,
     ]  # fmt: skip
     code = _CORES + ("" if hardened else _UNHARDENED) + _SERVE
     with (d / "work" / "stderr.txt").open("w") as stderr:

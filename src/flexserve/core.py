@@ -252,11 +252,12 @@ class ModelStatus:
     streamed_bytes: int = (
         0  # of a model that does not fit the budget: what passes through memory for every token
     )
+    adapter_bytes: int = 0  # of the LoRA adapter, in memory as long as the model is registered
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a secure world may hold, in bytes: weights that are in memory or on their way, and keys and values.
+    """What a secure world may hold, in bytes: weights that are in memory or on their way, adapters, keys and values.
 
     Recalls lower the soft budget and offers raise it; it stays between the floor and the hard cap.
     """
@@ -265,6 +266,7 @@ class Budget:
     hard_bytes: int
     floor_bytes: int
     held_bytes: int  # right now
+    wanted_bytes: int = 0  # what answers in progress could use more; an offer of so much would be taken
 
 
 @dataclass(frozen=True)

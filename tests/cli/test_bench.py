@@ -16,6 +16,7 @@ MODULES = {
     "cold-start": "cold_start",
     "memory": "memory_bench",
     "soak": "soak",
+    "equality": "equality",
     "neighbours": "neighbours",
     "ablation": "ablation",
     "workflows": "workflows",
@@ -47,8 +48,9 @@ def test_every_verb_hands_its_options_over_and_prints_json(
     verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    bench = Bench(monkeypatch, verb, {"bench": verb, "violations": 0})
-    assert json.loads(bench.call("--json").stdout) == {"bench": verb, "violations": 0}
+    made = {"bench": verb, "violations": 0, "equal": True}
+    bench = Bench(monkeypatch, verb, made)
+    assert json.loads(bench.call("--json").stdout) == made
     assert bench.options.directory == tmp_path / "flexserve" / "bench"
     usual = type(bench.options)()
     for name in vars(usual):
@@ -127,3 +129,12 @@ def test_a_soak_that_found_something_ends_with_1(monkeypatch: pytest.MonkeyPatch
     bench = Bench(monkeypatch, "soak", {"violations": 2})
     with pytest.raises(AssertionError):
         bench.call("--json")
+
+
+def test_answers_that_differ_end_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = dict.fromkeys(("tokens", "seed", "recalls", "lost_segments"), 1000)
+    times = dict.fromkeys(("undisturbed_s", "disturbed_s"), 1.5)
+    Bench(monkeypatch, "equality", {"equal": False, "equal_tokens": 7, **numbers, **times})
+    result = CliRunner().invoke(command, ["equality"])
+    assert result.exit_code == 1
+    assert "DIFFERENT: 7 of 1000 tokens" in result.stdout

@@ -21,7 +21,13 @@ def server(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 def test_without_a_size_it_only_says_what_holds(server: Server) -> None:
     before = server.shell.json("budget --json")
     validate("budget", before)
-    assert before == {"soft_bytes": 1 << 30, "hard_bytes": 2 << 30, "floor_bytes": 0, "held_bytes": 0}
+    assert before == {
+        "soft_bytes": 1 << 30,
+        "hard_bytes": 2 << 30,
+        "floor_bytes": 0,
+        "held_bytes": 0,
+        "wanted_bytes": 0,
+    }
     out = server.shell.ok("budget")
     assert "held         0 B  weights in memory" in out
     assert "hard cap  2.1 GB  no offer lifts the budget above" in out

@@ -16,6 +16,7 @@ from flexserve.framework import events as ev
 from flexserve.framework.effects import Decision
 from flexserve.framework.machine import Framework
 from flexserve.framework.order import Range, join
+from flexserve.framework.reclaim import may_stop
 from flexserve.framework.settings import Settings
 from flexserve.framework.tables import SegmentTrigger as Seg
 from flexserve.framework.weights import Part
@@ -34,6 +35,7 @@ class Image:
     hands: list[int] = field(default_factory=list)  # what loaders have read and not placed
     chosen: set[int] = field(default_factory=set)  # recalls that are not carried out
     closed: bool = False
+    fixed: int = 0
 
     def size(self, index: int) -> int:
         for part in self.parts:
@@ -118,9 +120,11 @@ class Executor:
                 if decision.effect is not None:
                     self._accept(decision.effect)
 
-    def register(self, name: str, parts: tuple[Part, ...], kv: int = 100, context: int = 4096) -> None:
-        self.images[name] = Image(parts, kv)
-        self.post(ev.ModelRegistered(name, parts, kv, context))
+    def register(
+        self, name: str, parts: tuple[Part, ...], kv: int = 100, context: int = 4096, fixed: int = 0
+    ) -> None:
+        self.images[name] = Image(parts, kv, fixed=fixed)
+        self.post(ev.ModelRegistered(name, parts, kv, context, fixed_bytes=fixed))
 
     def _queue(self, key: str, job: Callable[[], list[ev.Event]]) -> None:
         self.queues.setdefault(key, deque()).append(job)
@@ -422,7 +426,7 @@ class Executor:
         held = 0
         for name, image in self.images.items():
             going = sum(image.size(i) for i in image.chosen if i in image.state)
-            held += image.resident - going
+            held += image.resident - going + image.fixed
             for index, state in image.state.items():
                 known = records.models[name].weights
                 there = known.state(known.position(index)).name
@@ -447,6 +451,10 @@ class Executor:
         slack = LOADERS * largest * max(len(self.images), 1)
         assert held <= records.budget + slack, f"{held} bytes held, budget {records.budget}"
         assert records.settings.floor_bytes <= records.budget <= records.settings.cap_bytes
+        for request in records.active.values():
+            if may_stop(records, request):
+                window = records.window(records.models[request.model])
+                assert records.in_use() + window <= records.budget, f"request {request.name} would crawl"
         for name, answer in self.answers.items():
             assert bool(answer.ended) != (name in records.requests), f"request {name} is lost"
 

@@ -32,6 +32,7 @@ TIED = (Part(8, 12, 1000, 11_300), Part(0, 8, 16, 128))
 SMALL = (Part(0, 3, 1000, 2_001),)
 SHAPES = {"a": UNTIED, "b": TIED, "c": SMALL}
 NAMES = sorted(SHAPES)
+FIXED = {"a": 0, "b": 700, "c": 0}  # an adapter
 KV = 10  # bytes per token
 
 
@@ -68,7 +69,7 @@ class AnyOrder(RuleBasedStateMachine):
     def begin(self, budget: int, floor: int, lazy: bool, slots: int) -> None:
         self.world = Executor(make_settings(budget, floor, lazy=lazy, slots=slots))
         for name in NAMES:
-            self.world.register(name, SHAPES[name], KV)
+            self.world.register(name, SHAPES[name], KV, fixed=FIXED[name])
         self.count = self.calls = 0
 
     # Clients
@@ -210,7 +211,7 @@ class AnyOrder(RuleBasedStateMachine):
         """A recall is honoured up to what is there above the floor, and what cannot be taken right now."""
         self.calls += 1
         records = self.world.framework._records
-        above = max(records.present - records.settings.floor_bytes, 0)
+        above = max(records.present - records.floor, 0)
         stuck = sum(s.nbytes for s in records.in_memory.values() if s.readers or s.retry_at > records.now)
         stuck += sum(m.weights.present for m in records.models.values() if m.state.value == "closing")
         self.world.post(ev.PressureRecall(self.calls, nbytes, deadline))
@@ -244,7 +245,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def a_model_is_registered_again(self) -> None:
         name = next(n for n in NAMES if n not in self.world.images)
-        self.world.register(name, SHAPES[name], KV)
+        self.world.register(name, SHAPES[name], KV, fixed=FIXED[name])
 
     @rule(model=st.sampled_from(NAMES), now=st.sampled_from([False] * 9 + [True]))
     def a_model_is_poisoned(self, model: str, now: bool) -> None:

@@ -11,7 +11,8 @@ from flexserve.framework import events as ev
 from flexserve.framework.effects import Why
 from flexserve.framework.tables import Impossible
 
-from .test_stories import MIB, SETTINGS, answer, effects, resident, world
+from .executor import Answer
+from .test_stories import BODY, KV, MIB, SETTINGS, answer, effects, resident, world
 
 
 def test_limits_move_the_budget_between_them() -> None:
@@ -82,6 +83,85 @@ def test_a_model_that_is_registered_again_finds_its_saved_sessions() -> None:
     made.register("a", made.log[0][1].parts, 1000)  # type: ignore[union-attr]
     made.post(ev.SessionFound("a/again", "a", 100))
     assert made.framework.view().sessions_stored == 1
+
+
+def test_an_adapter_counts_and_no_recall_takes_it() -> None:
+    made = world(models="")
+    made.register("a", BODY, KV, fixed=30 * MIB)
+    assert made.framework.view().held == 30 * MIB
+    answer(made, "r", "a")
+    made.post(ev.PressureRecall(1, 1000 * MIB))
+    made.drain()
+    view = made.framework.view()
+    assert (view.budget, view.held, view.fixed) == (30 * MIB, 30 * MIB, 30 * MIB)
+    made.post(ev.BudgetSet(5 * MIB))
+    assert made.framework.view().budget == 30 * MIB
+    made.post(ev.ModelRemoved("a"))
+    made.drain()
+    made.check()
+    assert made.framework.view().held == 0
+
+
+def test_beside_an_adapter_a_model_has_what_it_leaves() -> None:
+    made = world(replace(SETTINGS, budget_bytes=80 * MIB), models="")
+    made.register("a", BODY, KV, fixed=30 * MIB)
+    made.ask("r", Answer("a", "a/s", 100))
+    made.drain()
+    view = made.framework.view()
+    assert view.held <= 80 * MIB
+    assert view.models[0].streamed > 50 * MIB
+    assert made.answers["r"].state == "computing"
+
+
+def test_an_answer_without_a_window_stops_says_what_it_wants_and_goes_on_with_it() -> None:
+    made = world(replace(SETTINGS, floor_bytes=0), models="a")
+    made.ask("r", Answer("a", "a/s", 100))
+    made.drain()
+    made.step("r")
+    made.post(ev.PressureRecall(1, 95 * MIB))
+    made.drain()
+    made.check()
+    (stopped,) = effects(made, ef.SuspendRequest)
+    assert stopped.why == Why.NOT_ENOUGH
+    view = made.framework.view()
+    window = SETTINGS.stream_window_bytes
+    assert view.budget < window
+    assert view.wanted >= window - view.budget
+    assert made.asked[-1] == view.wanted
+    made.post(ev.Offer(view.wanted))
+    made.drain()
+    assert made.answers["r"].state == "computing"
+    made.finish("r")
+    made.drain()
+    assert made.answers["r"].ended == "finished"
+    assert made.framework.view().wanted == 0
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_without_a_storage_its_kv_waits_in_memory_and_it_ends_with_an_error_if_nothing_comes(
+    comes: bool,
+) -> None:
+    made = world(replace(SETTINGS, floor_bytes=0, saves=False), models="a")
+    made.ask("r", Answer("a", "a/s", 100))
+    made.drain()
+    made.post(ev.PressureRecall(1, 1000 * MIB))
+    made.drain()
+    assert made.answers["r"].state == "suspended"
+    assert not effects(made, ef.SaveSession)
+    assert made.framework.view().held == 256 * KV  # what it was granted
+    if comes:
+        made.post(ev.Offer(100 * MIB))
+        made.drain()
+        assert made.answers["r"].state == "computing"
+        made.finish("r")
+    else:
+        made.now += SETTINGS.suspend_limit_s
+        made.post(ev.Tick())
+    made.drain()
+    assert made.answers["r"].ended == ("finished" if comes else "out_of_budget")
+    made.post(ev.PressureRecall(2, 1000 * MIB))
+    made.drain()
+    assert made.framework.view().held == 0
 
 
 def test_a_recall_is_over_when_its_sessions_are_back_whatever_weights_come_and_go() -> None:

@@ -111,6 +111,32 @@ def test_it_offers_after_calm_and_in_steps(managed: Managed) -> None:
     ]
 
 
+def test_it_offers_what_an_answer_asks_for_without_waiting_for_calm(managed: Managed, tmp_path: Path) -> None:
+    world = FakeWorld(budget=Budget(64 * MIB, 256 * MIB, 8 * MIB, 0, wanted_bytes=100 * MIB))
+    world.start()
+    said: list[str] = []
+    machine = Machine(now_s=0.0)
+    manager = MemoryManager(
+        world,
+        said.append,
+        settings=SETTINGS,
+        watch=machine,
+        memory=machine.memory,
+        clock=lambda: machine.now_s,
+    )
+    try:
+        machine.now_s = SETTINGS.wanted_calm_s
+        assert manager.look(Woken()) == Offer(100 * MIB, Why.WANTED)
+        assert (world.budget().soft_bytes, world.budget().wanted_bytes) == (164 * MIB, 0)
+        assert said == [
+            "memory manager: offered 100 MiB, the budget is 164 MiB: an answer could use it (1024 MiB available)"
+        ]
+        assert manager.look(Woken()) is None
+    finally:
+        world.close()
+        manager.close()
+
+
 def test_a_world_that_does_not_answer_is_said_once(managed: Managed) -> None:
     managed.world.close()
     for _ in range(3):

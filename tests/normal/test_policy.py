@@ -31,11 +31,11 @@ SIZES = st.integers(0, 1 << 34)
 def budgets() -> st.SearchStrategy[Budget]:
     """Any that a world may report: held may be above the soft budget while a recall is under way."""
 
-    def make(three: list[int], held: int) -> Budget:
+    def make(three: list[int], held: int, wanted: int) -> Budget:
         floor, soft, hard = sorted(three)
-        return Budget(soft, hard, floor, held)
+        return Budget(soft, hard, floor, held, wanted)
 
-    return st.builds(make, st.lists(SIZES, min_size=3, max_size=3), SIZES)
+    return st.builds(make, st.lists(SIZES, min_size=3, max_size=3), SIZES, st.just(0) | SIZES)
 
 
 def readings(now_s: float = 1000.0) -> st.SearchStrategy[Readings]:
@@ -73,6 +73,41 @@ def test_an_offer_leaves_the_high_watermark_free_however_much_of_the_budget_is_u
     assert 0 < action.nbytes <= r.budget.hard_bytes - r.budget.soft_bytes
     assert not (r.stalled and r.free_bytes < SETTINGS.high_bytes)
     assert not r.throttled
+
+
+@given(states(), readings())
+def test_what_answers_ask_for_is_all_that_is_offered_before_the_calm_time(state: State, r: Readings) -> None:
+    _, action = decide(SETTINGS, state, r)
+    if not isinstance(action, Offer) or action.why is not Why.WANTED:
+        assert not isinstance(action, Offer) or r.now_s - state.calm_since_s >= state.patience_s
+        return
+    assert action.nbytes <= r.budget.wanted_bytes
+    assert r.now_s - state.calm_since_s >= SETTINGS.wanted_calm_s
+
+
+def test_an_answer_that_asks_gets_memory_after_two_seconds_of_calm_and_without_asking_after_thirty() -> None:
+    r = Readings(2.0, 4 << 30, 4 << 30, 0, Budget(64 * MIB, 2 << 30, 0, 64 * MIB, wanted_bytes=300 * MIB))
+    state = State.at(0.0, SETTINGS)
+    assert decide(SETTINGS, state, r)[1] == Offer(300 * MIB, Why.WANTED)
+    assert decide(SETTINGS, state, dataclasses.replace(r, now_s=1.0))[1] is None
+    some = dataclasses.replace(r, available_bytes=SETTINGS.high_bytes + 200 * MIB)
+    assert decide(SETTINGS, state, some)[1] == Offer(200 * MIB, Why.WANTED)
+    little = dataclasses.replace(r, available_bytes=SETTINGS.high_bytes + 100 * MIB)
+    assert decide(SETTINGS, state, little)[1] is None
+    capped = dataclasses.replace(r.budget, hard_bytes=128 * MIB)
+    assert decide(SETTINGS, state, dataclasses.replace(r, budget=capped))[1] == Offer(64 * MIB, Why.WANTED)
+    nothing = dataclasses.replace(r, budget=dataclasses.replace(r.budget, wanted_bytes=0))
+    assert decide(SETTINGS, state, nothing)[1] is None
+    assert decide(SETTINGS, state, dataclasses.replace(nothing, now_s=30.0))[1] == Offer(128 * MIB, Why.CALM)
+
+
+def test_after_an_offer_that_was_taken_back_an_answer_that_asks_waits_longer_too() -> None:
+    budget = Budget(64 * MIB, 2 << 30, 0, 64 * MIB, wanted_bytes=300 * MIB)
+    short = Readings(2.0, 100 * MIB, 100 * MIB, 0, budget)
+    state, _ = decide(SETTINGS, State(0.0, SETTINGS.calm_s, offered=True), short)
+    plenty = dataclasses.replace(short, available_bytes=4 << 30, now_s=4.5)
+    assert decide(SETTINGS, state, plenty)[1] is None
+    assert decide(SETTINGS, state, dataclasses.replace(plenty, now_s=6.0))[1] == Offer(300 * MIB, Why.WANTED)
 
 
 @given(states(), readings())

@@ -108,6 +108,23 @@ def test_it_answers_as_plain_llama_cpp_does_with_the_same_adapter(world: LinuxWo
     assert without != with_it
 
 
+def test_the_adapter_counts_in_the_budget_and_no_recall_takes_it(world: LinuxWorld, files: Files) -> None:
+    world.register(files.together)
+    answer(world)
+    adapter_bytes = files.adapter_gguf.stat().st_size
+    shown = world.status().models[0].adapter_bytes
+    assert adapter_bytes / 2 < shown < 2 * adapter_bytes + 4096
+    world.budget(floor_bytes=0)
+    try:
+        world.recall(1 << 40).wait(60)
+        left = world.budget()
+        assert (left.soft_bytes, left.held_bytes) == (shown, shown)
+        world.register(files.model)  # without it
+        assert world.status().budget.held_bytes == 0  # type: ignore[union-attr]
+    finally:
+        world.budget(soft_bytes=1 << 30, floor_bytes=1 << 20)
+
+
 def test_a_secure_world_that_was_killed_comes_back_with_the_adapter(world: LinuxWorld, files: Files) -> None:
     world.register(files.together)
     before = answer(world)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..core import ROW_UNIT_SIZE, SEGMENT_SIZE
+from ..worlds.linux import calibration
+from ..worlds.linux.rates import decrypt_bytes_per_s, read_bytes_per_s
 from . import machine, memory, processor, rates
 from .bound import Rates, Work, lower_bound
 from .files import BenchModel, Progress, Say, prepare_model
@@ -48,14 +50,14 @@ def calibrate(directory: Path, say: Say, progress: Progress | None = None) -> di
     model = prepare_model(directory, SHAPE, QUANT, say, progress)
     machine.evict(model.gguf)
     say("reading")
-    direct = {depth: rates.read_bytes_per_s(model.gguf, depth=depth) for depth in rates.DEPTHS}
-    small = rates.read_bytes_per_s(model.gguf, depth=4, huge=False)
+    direct = {depth: read_bytes_per_s(model.gguf, rates.READ_BYTES, depth=depth) for depth in rates.DEPTHS}
+    small = read_bytes_per_s(model.gguf, rates.READ_BYTES, depth=4, huge=False)
     cached = rates.cached_bytes_per_s(model.gguf)
     say("decrypting")
     decrypt = {
-        "decrypt_bytes_per_s": rates.decrypt_bytes_per_s(),
-        "decrypt_all_cores_bytes_per_s": rates.decrypt_bytes_per_s(threads=cores),
-        "decrypt_row_units_bytes_per_s": rates.decrypt_bytes_per_s(unit=ROW_UNIT_SIZE),
+        "decrypt_bytes_per_s": decrypt_bytes_per_s(rates.DECRYPT_S),
+        "decrypt_all_cores_bytes_per_s": decrypt_bytes_per_s(rates.DECRYPT_S, threads=cores),
+        "decrypt_row_units_bytes_per_s": decrypt_bytes_per_s(rates.DECRYPT_S, unit=ROW_UNIT_SIZE),
     }
     say("placing")
     placing = rates.placing()
@@ -75,8 +77,17 @@ def calibrate(directory: Path, say: Say, progress: Progress | None = None) -> di
         **asdict(placing),
         "first_touch_as_found_s_per_gb": as_found,
         **asdict(compute),
+        "tuning": tuning(model.gguf, say),
         "example": _example(machine_rates, compute),
     }
+
+
+def tuning(file: Path, say: Say) -> dict[str, int]:
+    """The numbers of threads that a server would choose; stored, as at a first start."""
+    found = calibration.measure(file)
+    calibration.store(found)
+    say(calibration.describe(found.rates))
+    return asdict(calibration.choose(found.rates))
 
 
 def _compute(model: BenchModel, threads: int) -> Compute:

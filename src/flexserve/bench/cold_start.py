@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineFailure, Usage
+from ..worlds.linux.rates import decrypt_bytes_per_s, read_bytes_per_s
 from . import machine, memory, processor, rates
 from .files import BenchModel, Progress, Say, prepare_model
 from .memory import Condition, FreeMemory, MemoryState
@@ -111,7 +112,7 @@ def run(options: ColdStartOptions, say: Say, progress: Progress | None = None) -
     model = prepare_model(options.directory, options.shape, options.quant, say, progress)
     say("measuring the rates of this machine's parts")
     placing = rates.placing()
-    decrypt = rates.decrypt_bytes_per_s()
+    decrypt = decrypt_bytes_per_s(rates.DECRYPT_S)
     repacked_bytes = _repacked_bytes(model, options)
     bench = _Bench()
     rounds: dict[MemoryState, list[Round]] = {}
@@ -272,7 +273,7 @@ def _round(  # noqa: PLR0917
     busy = processor.busy_cores(BUSY_S)
     if busy > BUSY_CORES:
         say(f"other programs keep {busy:.1f} cores busy: these times are longer than this machine's")
-    read_rate = max(rates.read_bytes_per_s(model.gguf, depth=STORAGE_DEPTH) for _ in range(2))
+    read_rate = max(read_bytes_per_s(model.gguf, rates.READ_BYTES, depth=STORAGE_DEPTH) for _ in range(2))
     say(f"{title}, seed {seed}, storage reads {read_rate / 1e9:.2f} GB/s")
     short = random_prompt(seed, options.shape, options.prompt_tokens)
     long = random_prompt(seed, options.shape, options.long_prompt_tokens or 0)

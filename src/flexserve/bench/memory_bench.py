@@ -156,7 +156,7 @@ class _Bench:
         return range(self._options.rounds)
 
     def decision(self) -> list[dict[str, Any]]:
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "event": one.event,
                 "segments": one.segments,

@@ -114,9 +114,10 @@ def _calibrate(result: dict[str, Any]) -> str:
         ("prefill, all cores", f"{result['prefill_flops_per_s'] / 1e9:.0f} Gflop/s"),
         ("decode, all cores", _rate(result["decode_bytes_per_s"])),
     ]
-    example = result["example"]
+    tuning, example = result["tuning"], result["example"]
     return table(("PART", "RATE"), rows, right=frozenset({"RATE"})) + (
-        f"\n\n{example['shape']} {example['quant']}, {example['prompt_tokens']} tokens, cannot start cold in less than "
+        f"\n\n{tuning['threads']} threads compute and {tuning['load_workers']} load in a server: stored"
+        f"\n{example['shape']} {example['quant']}, {example['prompt_tokens']} tokens, cannot start cold in less than "
         f"{example['lower_bound_s']:.2f} s here (I/O {example['io_s']:.2f}, processors {example['cpu_s']:.2f}, "
         f"compute {example['compute_s']:.2f})"
     )

@@ -1,4 +1,4 @@
-"""`flexserve bench memory`, `soak`, `neighbours`, `ablation`: what memory costs, and what it brings."""
+"""`flexserve bench memory`, `soak`, `equality`, `neighbours`, `ablation`: what memory costs, and what it brings."""
 
 from __future__ import annotations
 
@@ -298,4 +298,40 @@ def _ablation(result: dict[str, Any]) -> str:
     return "\n" + table(("STEP", *numbers), cells, right=frozenset(numbers))
 
 
-COMMANDS = (memory, soak, neighbours, ablation)
+@click.command("equality")
+@SHAPE
+@QUANT
+@PROMPT_TOKENS
+@click.option(
+    "--tokens", type=click.IntRange(2, 65536), default=512, show_default=True, help="Length of the answer."
+)
+@click.option(
+    "--segments",
+    type=click.IntRange(2, 1 << 20),
+    default=1024,
+    show_default=True,
+    help="How many segments are to be lost during it, at least.",
+)
+@SEED
+@THREADS
+@DIRECTORY
+@JSON
+@click.pass_context
+def equality(context: click.Context, /, *, as_json: bool, **given: Any) -> None:
+    """A long answer under a storm of recalls, compared with the undisturbed one; ends with 1 when they differ."""
+    from ..bench.equality import EqualityOptions, run
+
+    if not measure(run, EqualityOptions(**given), _equality, as_json=as_json)["equal"]:
+        context.exit(1)
+
+
+def _equality(result: dict[str, Any]) -> str:
+    verdict = "equal" if result["equal"] else "DIFFERENT"
+    return (
+        f"{verdict}: {result['equal_tokens']} of {result['tokens']} tokens, seed {result['seed']}; {result['recalls']} "
+        f"recalls took {result['lost_segments']} segments\n"
+        f"{result['undisturbed_s']:.1f} s undisturbed, {result['disturbed_s']:.1f} s in the storm"
+    )
+
+
+COMMANDS = (memory, soak, equality, neighbours, ablation)

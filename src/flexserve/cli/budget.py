@@ -23,8 +23,8 @@ def command(
 ) -> None:
     """Show a running server's memory budget, or set it to SIZE (512M, 1.5G).
 
-    It is for weights, keys and values. Recalls lower it and offers raise it, between floor and hard cap: SIZE holds
-    until memory gets short or plenty, --hard for good.
+    It is for weights, adapters, keys and values. Recalls lower it and offers raise it, between floor and hard cap: SIZE
+    holds until memory gets short or plenty, --hard for good.
     """
     import msgspec
 
@@ -36,9 +36,15 @@ def command(
         print_json(msgspec.to_builtins(budget))
         return
     rows = [
-        ("held", human_bytes(budget.held_bytes), "weights in memory or on their way, keys and values"),
+        (
+            "held",
+            human_bytes(budget.held_bytes),
+            "weights in memory or on their way, adapters, keys and values",
+        ),
         ("budget", human_bytes(budget.soft_bytes), "what may be held now"),
         ("floor", human_bytes(budget.floor_bytes), "no recall pushes the budget below"),
         ("hard cap", human_bytes(budget.hard_bytes), "no offer lifts the budget above"),
     ]
+    if budget.wanted_bytes:
+        rows.append(("wanted", human_bytes(budget.wanted_bytes), "what answers in progress could use more"))
     click.echo(table(("MEMORY", "SIZE", ""), rows, right=frozenset({"SIZE"})))

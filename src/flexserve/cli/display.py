@@ -148,6 +148,7 @@ def status_text(status: WorldStatus) -> str:
         lines.append(
             f"Memory: {human_bytes(b.held_bytes)} held of a budget of {human_bytes(b.soft_bytes)} "
             f"(floor {human_bytes(b.floor_bytes)}, hard cap {human_bytes(b.hard_bytes)})"
+            + (f", {human_bytes(b.wanted_bytes)} more wanted" if b.wanted_bytes else "")
         )
     rows = [
         (
@@ -175,7 +176,10 @@ def status_text(status: WorldStatus) -> str:
 def _state(m: ModelStatus) -> str:
     if m.poisoned:
         return "NOT AUTHENTIC"
-    return f"streams {human_bytes(m.streamed_bytes)} a token" if m.streamed_bytes else "ok"
+    said = [f"streams {human_bytes(m.streamed_bytes)} a token"] if m.streamed_bytes else []
+    if m.adapter_bytes:
+        said.append(f"adapter {human_bytes(m.adapter_bytes)}")
+    return ", ".join(said) or "ok"
 
 
 def duration(value_s: float) -> str:

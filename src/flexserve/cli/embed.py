@@ -20,6 +20,7 @@ from .run import (
     prompt_text,
     read_answer,
 )
+from .tuning import tuned
 from .world_options import adapter_options, admin_socket_option, model_source, world_options
 
 
@@ -47,6 +48,7 @@ def command(
     adapter: tuple[Path, Path | None, float] | None,
     world_name: str,
     threads: int | None,
+    load_workers: int | None,
     context_tokens: int | None,
     admin_socket: Path | None,
     as_json: bool,
@@ -63,7 +65,15 @@ def command(
     with sigterm_interrupts():
         if is_file(model):
             path = Path(model)
-            options = WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file)
+            tuning = tuned(threads, load_workers, None)
+            options = WorldOptions(
+                device_key,
+                vendor_pub,
+                tuning.threads,
+                context_tokens,
+                passphrase_file,
+                load_workers=tuning.load_workers,
+            )
             source = model_source(path.stem[:128], path, licence, adapter, use_copy=False)
             opened = own_world(world_name, options, source)
         else:

@@ -37,6 +37,7 @@ from .common import (
     vendor_pub_option,
 )
 from .display import breakdown, layout_note, note, summary, write_answer
+from .tuning import tuned
 from .world_options import (
     adapter_options,
     admin_socket_option,
@@ -171,6 +172,7 @@ def command(
     adapter: tuple[Path, Path | None, float] | None,
     world_name: str,
     threads: int | None,
+    load_workers: int | None,
     context_tokens: int | None,
     admin_socket: Path | None,
     as_json: bool,
@@ -194,7 +196,15 @@ def command(
 
     with sigterm_interrupts():
         if is_file(model):
-            options = WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file)
+            tuning = tuned(threads, load_workers, None)
+            options = WorldOptions(
+                device_key,
+                vendor_pub,
+                tuning.threads,
+                context_tokens,
+                passphrase_file,
+                load_workers=tuning.load_workers,
+            )
             path = Path(model)
             source = model_source(path.stem[:128], path, licence, adapter, copy=copy, use_copy=not no_copy)
             opened = own_world(world_name, options, source)

@@ -26,6 +26,7 @@ from .common import (
     vendor_pub_option,
 )
 from .display import layout_note, note, printable, seconds, warn
+from .tuning import tuned
 from .world_options import admin_socket_option, model_source, no_copy_option, world_options
 
 if TYPE_CHECKING:
@@ -132,6 +133,14 @@ def _paths(text: str) -> tuple[Path, Path | None]:
     help="Hand idle weights to the kernel, which may then take them without a call. Until it does they stay readable "
     "to root (docs/threat-model.md).",
 )
+@click.option(
+    "--calibrate/--no-calibrate",
+    default=True,
+    show_default=True,
+    envvar="FLEXSERVE_CALIBRATE",
+    show_envvar=True,
+    help="At the first start, measure for a second how many threads this machine and its storage need.",
+)
 @no_copy_option
 @world_options
 @admin_socket_option
@@ -148,10 +157,12 @@ def command(
     user: str | None,
     session_dir: Path | None,
     memory_manager: bool,
+    calibrate: bool,
     lazy: bool,
     no_copy: bool,
     world_name: str,
     threads: int | None,
+    load_workers: int | None,
     context_tokens: int | None,
     admin_socket: Path | None,
 ) -> None:
@@ -167,9 +178,19 @@ def command(
         raise Usage("two models have the same name", hint="give each --model its own NAME=")
     sources = [model_source(*model, use_copy=not no_copy) for model in models]
     api_key = None if api_key_file is None else read_api_key(api_key_file)
+    tuning = tuned(threads, load_workers, sources[0].sealed if calibrate and world_name == "linux" else None)
     world = make_world(
         world_name,
-        WorldOptions(device_key, vendor_pub, threads, context_tokens, passphrase_file, session_dir, lazy),
+        WorldOptions(
+            device_key,
+            vendor_pub,
+            tuning.threads,
+            context_tokens,
+            passphrase_file,
+            session_dir,
+            tuning.load_workers,
+            lazy,
+        ),
     )
     leave_root = _two_users(world, user)
 

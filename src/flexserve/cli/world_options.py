@@ -18,7 +18,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def world_options(function: F) -> F:
-    """`--world`, `--threads`, `--context`: arguments `world_name`, `threads`, `context_tokens`."""
+    """`--world`, `--threads`, `--load-workers`, `--context`: arguments `world_name`, `threads`, `load_workers`,
+    `context_tokens`."""
     for option in (
         click.option(
             "--context",
@@ -31,7 +32,13 @@ def world_options(function: F) -> F:
             "--threads",
             type=click.IntRange(1, 1024),
             metavar="N",
-            help="Compute threads. Default: one per processor.",
+            help="Compute threads. Default: as calibrated (`flexserve serve`), else one per processor.",
+        ),
+        click.option(
+            "--load-workers",
+            type=click.IntRange(1, 64),
+            metavar="N",
+            help="Threads that read and decrypt weights. Default: as calibrated, else 3.",
         ),
         click.option(
             "--world",

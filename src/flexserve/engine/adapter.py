@@ -1,7 +1,7 @@
 """A sealed LoRA adapter, from its file to llama.cpp: authenticated, checked against its model, loaded as a whole.
 
 An adapter is small beside its model, so it is neither loaded on demand nor recalled: its weights are in memory as long
-as the model is registered.
+as the model is registered, and count in the budget.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from ..core import PAGE_SIZE
 from ..errors import FlexServeError
 from ..sealed.adapter_rules import check_fits
 from ..sealed.format import RegionKind
@@ -26,6 +27,12 @@ class SealedAdapter:
 
     unlocked: UnlockedModel
     scale: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """What llama.cpp keeps of it: its tensors, in whole pages."""
+        nbytes = self.unlocked.manifest.region(RegionKind.BODY).padded_bytes
+        return -(-nbytes // PAGE_SIZE) * PAGE_SIZE
 
     def digest_with(self, model: bytes) -> bytes:
         """Of what a session's KV was computed with. `model`: the digest of the model's manifest."""

@@ -196,6 +196,7 @@ class SecureModel:
             self._context_tokens,
             self._embeds,
         )
+        self.adapter_bytes = 0 if adapter is None else adapter.memory_bytes
         self.would_gain = copy is None and would_gain(header)
         self._kv_bytes = cache_bytes(header, self._context.context_tokens)
 
@@ -310,6 +311,7 @@ class SecureModel:
             sessions=sums.sessions,
             session_bytes=sums.memory_bytes,
             saved_sessions=sums.saved,
+            adapter_bytes=self.adapter_bytes,
         )
 
     def close(self) -> None:

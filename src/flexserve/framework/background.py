@@ -20,7 +20,7 @@ SURPLUS = (Stage.SAVED_SESSIONS, Stage.IDLE_WEIGHTS, Stage.UNSAVED_SESSIONS)
 
 def best_distribution(records: Records) -> Distribution:
     """Of the budget, without what requests use right now."""
-    budget = records.budget - records.kv_in_use()
+    budget = max(records.budget - records.in_use(), 0)
     return distribute(budget, records.model_uses(), records.session_uses(), records.now, records.settings)
 
 

@@ -15,13 +15,15 @@ from .weights import Part
 @dataclass(frozen=True)
 class ModelRegistered:
     """A model is ready to answer; nothing of it is resident. `parts`: in execution order. `label`: what clients call
-    it; empty: `model`."""
+    it; empty: `model`. `fixed_bytes`: what it has in memory until it is closed, besides weights and KV (an adapter):
+    it counts, and no recall takes it."""
 
     model: str
     parts: tuple[Part, ...]
     kv_bytes_per_token: int
     context_tokens: int
     label: str = ""
+    fixed_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def _tell(records: Records, model: ModelRecord, start: int | None) -> None:
         records.do(StreamTail(model.name, streamed), why, budget=records.budget, kv=records.kv_in_use())
     if streamed:
         window = records.window(model)
-        ask(records, records.kv_in_use() + model.weights.fill_size + window - records.budget)
+        ask(records, records.in_use() + model.weights.fill_size + window - records.budget)
 
 
 def _whole(records: Records, model: ModelRecord, keep: Keep) -> None:

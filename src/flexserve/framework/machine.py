@@ -172,9 +172,12 @@ def _model_registered(records: Records, event: ev.ModelRegistered) -> None:
         raise Impossible(f"model {event.model!r} is registered already: remove it first")
     weights = Weights(event.parts, records.ledger)
     label = event.label or event.model
-    model = ModelRecord(event.model, weights, event.kv_bytes_per_token, event.context_tokens, label)
+    model = ModelRecord(
+        event.model, weights, event.kv_bytes_per_token, event.context_tokens, label, event.fixed_bytes
+    )
     records.models[event.model] = model
     records.move_model(model, ModelTrigger.REGISTER)
+    records.budget = max(records.budget, records.floor)
 
 
 def _model_poisoned(records: Records, event: ev.ModelPoisoned) -> None:
@@ -408,7 +411,7 @@ def _dropped(records: Records, event: ev.SessionDropped) -> None:
 def _pressure_recall(records: Records, event: ev.PressureRecall) -> None:
     """Take `nbytes` of what is in memory: the budget falls to what remains, so that nothing grows back."""
     expecting.cancel_all(records, Why.OVER_BUDGET)
-    ledger, floor = records.ledger, records.settings.floor_bytes
+    ledger, floor = records.ledger, records.floor
     present, leaving = records.present, ledger.leaving
     promised = min(event.nbytes, max(present - floor, 0))
     records.budget = max(floor, min(records.budget, present - event.nbytes))
@@ -447,7 +450,7 @@ def _budget_set(records: Records, event: ev.BudgetSet) -> None:
 
 def _move_budget(records: Records, nbytes: int) -> None:
     before, settings = records.budget, records.settings
-    records.budget = max(settings.floor_bytes, min(nbytes, settings.cap_bytes))
+    records.budget = max(records.floor, min(nbytes, settings.cap_bytes))
     records.asked_bytes = 0
     records.note(Why.BUDGET_MOVED, before=before, budget=records.budget)
 

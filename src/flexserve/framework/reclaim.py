@@ -125,11 +125,18 @@ def _at(records: Records, stage: Stage, needed: int, keep: Keep, spare: str | No
                 yield Choice(_WHY[stage], session.nbytes, session=session.name)
         case Stage.OPEN_SESSIONS:
             for request in reversed(records.active.values()):  # the last to start stops first
-                if not records.settings.saves or request.state != RequestState.RUNNING:
+                if not records.settings.saves or not may_stop(records, request):
                     continue
-                session = records.sessions[request.session]
-                if session.nbytes and not session.readers and session.retry_at <= records.now:
+                if (session := records.sessions[request.session]).nbytes:
                     yield Choice(_WHY[stage], session.nbytes, session=session.name)
+
+
+def may_stop(records: Records, request: RequestRecord) -> bool:
+    """Whether a request computes, and nothing is known that keeps its KV where it is."""
+    if request.state != RequestState.RUNNING:
+        return False
+    session = records.sessions[request.session]
+    return not session.readers and session.retry_at <= records.now
 
 
 def least_invoked(records: Records) -> list[ModelRecord]:
@@ -148,7 +155,7 @@ def streamed_from(records: Records, model: ModelRecord) -> int | None:
         records.window(other) for other in records.models.values() if other.active and other is not model
     )
     rows = records.in_memory_bytes(model) - (weights.fill_size - weights.missing)  # of an untied embedding
-    room = records.budget - records.kv_in_use() - records.reserved - others - rows
+    room = records.budget - records.in_use() - records.reserved - others - rows
     if weights.fill_size <= room:
         return None
     return weights.forward(weights.fill_from, max(room - records.window(model), 0))
@@ -187,6 +194,7 @@ def _oldest(records: Records, states: tuple[SessionState, ...], keep: Keep) -> l
         if s.state in states
         and not s.readers
         and not s.goes
+        and (records.settings.saves or s.owner is None)  # a suspended request's can only be saved
         and s.name not in keep.sessions
         and (s.state != SessionState.RESIDENT or s.retry_at <= records.now)
     ]

@@ -62,6 +62,7 @@ class ModelRecord:
     kv_bytes_per_token: int
     context_tokens: int
     label: str = ""  # what clients call it
+    fixed_bytes: int = 0  # in memory from registering to closing: an adapter
     usage: Usage = field(default_factory=Usage)
     state: ModelState = ModelState.GONE
     active: int = 0  # requests that have started and not ended
@@ -173,13 +174,23 @@ class Records:
     # Sums
 
     @property
+    def fixed_bytes(self) -> int:
+        """What no recall can take."""
+        return sum(model.fixed_bytes for model in self.models.values())
+
+    @property
+    def floor(self) -> int:
+        """No recall pushes the budget below."""
+        return max(self.settings.floor_bytes, min(self.fixed_bytes, self.settings.cap_bytes))
+
+    @property
     def free(self) -> int:
         """What may be taken right now without exceeding the budget; negative when over it."""
         return self.budget - self.ledger.held
 
     @property
     def present(self) -> int:
-        """Bytes that are in memory and stay so without another decision."""
+        """Bytes that are in memory and stay so without another decision. What is fixed counts."""
         return self.ledger.held - self.ledger.loading - self.ledger.leaving
 
     @property
@@ -219,6 +230,10 @@ class Records:
             if s.readers or s.state in (SessionState.OPEN, SessionState.RESTORING)
         )
 
+    def in_use(self) -> int:
+        """What weights have to leave room for."""
+        return self.kv_in_use() + self.fixed_bytes
+
     def in_memory_bytes(self, model: ModelRecord) -> int:
         return model.weights.size - model.weights.bytes_in[SegmentState.ABSENT]
 
@@ -232,10 +247,14 @@ class Records:
     # Steps
 
     def move_model(self, model: ModelRecord, trigger: ModelTrigger) -> None:
-        model.state = after(MODEL, model.state, trigger)
+        old, model.state = model.state, after(MODEL, model.state, trigger)
         self.changes += 1
+        if old == ModelState.GONE:
+            self.ledger.held += model.fixed_bytes
         if model.state == ModelState.GONE:
             model.weights.forget()
+            self.ledger.held -= model.fixed_bytes
+            self.ledger.freed += model.fixed_bytes
             del self.models[model.name]
 
     def move_segments(self, model: ModelRecord, trigger: SegmentTrigger, positions: Positions) -> int:
@@ -355,7 +374,7 @@ class Records:
         for model in self.models.values():
             model.weights.check()
             by = model.weights.bytes_in
-            held += model.weights.size - by[SegmentState.ABSENT]
+            held += model.weights.size - by[SegmentState.ABSENT] + model.fixed_bytes
             loading += by[SegmentState.LOADING]
             leaving += by[SegmentState.CLAIMED]
         for session in self.sessions.values():

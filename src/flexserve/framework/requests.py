@@ -20,7 +20,7 @@ from .effects import (
     StartRequest,
     Why,
 )
-from .reclaim import CHEAP, Keep, Stage, discard, make_room, stop_loading, suspend
+from .reclaim import CHEAP, Keep, Stage, discard, make_room, may_stop, stop_loading, suspend
 from .records import ModelRecord, Records, RequestRecord, SessionRecord
 from .tables import (
     ModelState,
@@ -59,6 +59,7 @@ def advance(records: Records) -> None:
     KV comes before weights: what it waits for (or will, once the prompt is known) is kept free of loads.
     """
     records.reserved = 0
+    _stop_what_would_crawl(records)
     for request in list(records.active.values()):
         if request.state == RequestState.WAITING or (
             request.state == RequestState.PREPARING and request.tokenized
@@ -80,6 +81,18 @@ def advance(records: Records) -> None:
     ):
         start(records, request)
         _expect(records, request)
+
+
+def _stop_what_would_crawl(records: Records) -> None:
+    """With less room for weights than a stream's window, threads of one matrix would take each other's segments away,
+    and nothing moved. Such a request stops, goes on when there is memory again, or ends with `out_of_budget`."""
+    for request in reversed(list(records.active.values())):
+        if not may_stop(records, request):
+            continue
+        least = _least(records, records.models[request.model], 0)
+        if least > records.budget:
+            suspend(records, request, Why.NOT_ENOUGH)
+            ask(records, least - records.budget)
 
 
 def _expect(records: Records, request: RequestRecord) -> None:
@@ -192,7 +205,7 @@ def _rounded(records: Records, model: ModelRecord, tokens: int) -> int:
 
 def _least(records: Records, model: ModelRecord, nbytes: int) -> int:
     """The smallest budget that holds that much more KV in use, and streams the model."""
-    return records.kv_in_use() + nbytes + records.window(model)
+    return records.in_use() + nbytes + records.window(model)
 
 
 def _fits(records: Records, model: ModelRecord, nbytes: int) -> bool:

@@ -19,6 +19,7 @@ class ModelView:
     resident: int  # firm and lazy
     lazy: int
     loading: int
+    fixed: int  # besides weights and sessions
     prefix: int  # without a gap, from the beginning
     budget: int  # of the best distribution
     rate: float  # share of the last hour's invocations
@@ -37,6 +38,8 @@ class View:
     floor: int
     held: int
     leaving: int
+    fixed: int  # of what is held, what no recall takes
+    wanted: int  # that requests could use more
     queued: int
     active: int
     sessions_stored: int
@@ -59,6 +62,7 @@ def view_of(records: Records) -> View:
                 resident=model.weights.present,
                 lazy=by[SegmentState.LAZY],
                 loading=by[SegmentState.LOADING],
+                fixed=model.fixed_bytes,
                 prefix=model.weights.prefix(),
                 budget=share.budget_bytes if share else 0,
                 rate=share.rate if share else 0.0,
@@ -74,6 +78,8 @@ def view_of(records: Records) -> View:
         floor=records.settings.floor_bytes,
         held=records.ledger.held,
         leaving=records.ledger.leaving,
+        fixed=records.fixed_bytes,
+        wanted=records.asked_bytes if records.active else 0,
         queued=records.waiting,
         active=len(records.active),
         sessions_stored=sum(s.state == SessionState.STORED for s in records.sessions.values()),

@@ -7,6 +7,7 @@ Three rules, whose proofs are in tests/normal/test_policy.py:
 - a recall takes what is missing up to the high watermark, and never more than is held above the floor;
 - an offer is made after calm, and only of what would leave the high watermark free if the secure world used all it
   may hold: so no offer is the cause of a recall, unless others need memory meanwhile;
+- an offer that answers in progress ask for comes sooner, and under the same condition;
 - what the secure world may still take never reaches more than a step below the low watermark: it cannot fill memory
   faster than somebody looks.
 """
@@ -30,6 +31,7 @@ class Settings:
     high_bytes: int  # up to which is recalled, and above which is offered
     step_bytes: int = 128 * MIB  # of a recall because somebody waits for memory, and of an offer
     calm_s: float = 30.0  # without any need before the first offer
+    wanted_calm_s: float = 2.0  # the same, where an answer asks for memory
     most_calm_s: float = 600.0  # after offers that had to be taken back again and again
     deadline_s: float = 10.0  # of a recall, for saving what has to be saved
     period_s: float = 1.0  # between two looks when nothing wakes the manager
@@ -43,8 +45,19 @@ class Settings:
                 f"low {self.low_bytes}, high {self.high_bytes} bytes",
                 hint="low must be at least two steps, and high above low",
             )
-        times = (self.calm_s, self.deadline_s, self.period_s, self.stall_s, self.stall_window_s)
-        if min(times) <= 0 or self.most_calm_s < self.calm_s or self.stall_s >= self.stall_window_s:
+        times = (
+            self.wanted_calm_s,
+            self.calm_s,
+            self.deadline_s,
+            self.period_s,
+            self.stall_s,
+            self.stall_window_s,
+        )
+        if (
+            min(times) <= 0
+            or not self.wanted_calm_s <= self.calm_s <= self.most_calm_s
+            or self.stall_s >= self.stall_window_s
+        ):
             raise Usage("the memory manager's times contradict each other")
 
     @classmethod
@@ -75,6 +88,7 @@ class Why(StrEnum):
     THROTTLED = "the control group is over its memory.high"
     ROOM = "more could be taken than is available"
     CALM = "memory is available again"
+    WANTED = "an answer could use it"
 
 
 @dataclass(frozen=True)
@@ -135,9 +149,12 @@ def decide(settings: Settings, state: State, r: Readings) -> tuple[State, Action
     limit = _limit(settings, r)
     if limit is not None or why is not None:
         return state, limit
-    if r.now_s - state.calm_since_s < state.patience_s:
-        return state, None
-    offer = _offer(settings, r)
+    calm_s = r.now_s - state.calm_since_s
+    offer = None
+    if calm_s >= state.patience_s * settings.wanted_calm_s / settings.calm_s:
+        offer = _wanted(settings, r)
+    if offer is None and calm_s >= state.patience_s:
+        offer = _offer(settings, r)
     return (state, None) if offer is None else (replace(state, offered=True), offer)
 
 
@@ -169,6 +186,22 @@ def _limit(settings: Settings, r: Readings) -> Limit | None:
 
 def _offer(settings: Settings, r: Readings) -> Offer | None:
     """A step, or what is missing to the hard cap; None when less than that would leave the high watermark free."""
-    wanted = min(settings.step_bytes, r.budget.hard_bytes - r.budget.soft_bytes)
-    room = r.available_bytes - settings.high_bytes - (r.budget.soft_bytes - _firm_bytes(r))
-    return Offer(wanted) if 0 < wanted <= room else None
+    nbytes = min(settings.step_bytes, r.budget.hard_bytes - r.budget.soft_bytes)
+    return Offer(nbytes) if 0 < nbytes <= _room(settings, r) else None
+
+
+def _wanted(settings: Settings, r: Readings) -> Offer | None:
+    """What answers in progress ask for at once, or as much of it as there is room for; None where that is less than a
+    step: they would only ask again."""
+    most = min(r.budget.wanted_bytes, r.budget.hard_bytes - r.budget.soft_bytes)
+    nbytes = min(most, _room(settings, r))
+    return (
+        Offer(nbytes, Why.WANTED)
+        if nbytes > 0 and (nbytes == most or nbytes >= settings.step_bytes)
+        else None
+    )
+
+
+def _room(settings: Settings, r: Readings) -> int:
+    """What may be offered so that the high watermark stays free even if the whole budget is used."""
+    return r.available_bytes - settings.high_bytes - (r.budget.soft_bytes - _firm_bytes(r))

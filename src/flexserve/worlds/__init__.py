@@ -24,6 +24,7 @@ class WorldOptions:
     context_tokens: int | None = None
     passphrase_file: Path | None = None
     session_dir: Path | None = None  # None: conversations are not saved
+    load_workers: int | None = None
     lazy: bool = True  # hand idle weights to the kernel lazily
 
 
@@ -38,6 +39,7 @@ def make_world(name: str, options: WorldOptions) -> World:
             options.device_key,
             vendor_pub=options.vendor_pub,
             threads=options.threads,
+            load_workers=options.load_workers,
             context_tokens=options.context_tokens,
             passphrase_file=options.passphrase_file,
             session_dir=options.session_dir,

@@ -240,7 +240,8 @@ class FakeWorld:
         with self._changed:
             self._check_running()
             soft = min(self._budget.soft_bytes + nbytes, self._budget.hard_bytes)
-            self._budget = dataclasses.replace(self._budget, soft_bytes=soft)
+            wanted = max(self._budget.wanted_bytes - nbytes, 0)
+            self._budget = dataclasses.replace(self._budget, soft_bytes=soft, wanted_bytes=wanted)
             self._note(ev.Offer(nbytes))
 
     def budget(
@@ -255,7 +256,7 @@ class FakeWorld:
             if floor > hard:
                 raise InvalidRequest(f"the floor of {floor} bytes is above the hard cap of {hard} bytes")
             soft = max(floor, min(soft, hard))
-            self._budget = Budget(soft, hard, floor, 0)
+            self._budget = Budget(soft, hard, floor, 0, self._budget.wanted_bytes)
             if (soft_bytes, hard_bytes, floor_bytes) != (None, None, None):
                 self._note(ev.BudgetSet(soft_bytes, hard_bytes, floor_bytes))
             self._shrink(self._held() - soft)

@@ -63,6 +63,7 @@ class Configure(_Message):
     )
     settings: Settings | None = None  # the Framework's; None: the usual, its limits by this machine's memory
     saves: bool = False  # there is a storage for sessions
+    load_workers: int | None = None  # None: the usual number
     lazy: bool = True  # idle weights are handed to the kernel, unless the Framework's settings say otherwise
 
 
@@ -290,12 +291,6 @@ class RecallEnded(_Message):
     freed_bytes: int
 
 
-class OfferWanted(_Message):
-    """A request could use so much more than the budget."""
-
-    nbytes: int
-
-
 class SavesWanted(_Message):
     """Sessions are to be saved, or files of saved ones not needed any more."""
 
@@ -400,9 +395,7 @@ CallAnswer = (
     | WorkflowsReported
     | WorkflowsForgotten
 )
-ToNormal = (
-    Ready | Tokens | Ended | Failed | RecallBegan | RecallEnded | OfferWanted | SavesWanted | CallAnswer
-)
+ToNormal = Ready | Tokens | Ended | Failed | RecallBegan | RecallEnded | SavesWanted | CallAnswer
 
 
 def failed(error: FlexServeError, *, request: str | None = None, call: int | None = None) -> Failed:

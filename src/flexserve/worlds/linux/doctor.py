@@ -23,7 +23,7 @@ from ... import __version__
 from ...errors import FlexServeError
 from ...sealed.keyfile import check_secret_file
 from ...sealed.trust import TrustStore
-from . import landlock, users
+from . import calibration, landlock, users
 from .channel import Measures
 from .probe import Look, Probe, probe
 
@@ -81,7 +81,7 @@ def examine(device_key: str | None, trust: TrustStore | None = None) -> Report:
     user = user_line(uid, gateway=_gateway(uid))
     looked_at, locked = _process_lines()
     lines = [install, user, *looked_at, swap_line(locked=locked)]
-    lines += [key_line(device_key), trust_line(trust), network_line()]
+    lines += [key_line(device_key), trust_line(trust), network_line(), calibration_line()]
     mode = Mode.SERVICE if install.state == user.state == State.OK else Mode.SINGLE_USER
     return Report(
         __version__, "linux", mode, uid, all(line.state != State.BROKEN for line in lines), tuple(lines)
@@ -468,3 +468,15 @@ def network_line() -> Line:
         "whoever listens on the network",
         "stay on loopback, with --api-key-file where other users are not to use it",
     )
+
+
+# Speed
+
+
+def calibration_line() -> Line:
+    """How many threads a server would start here (calibration.py)."""
+    found = calibration.stored()
+    if found is None:
+        advice = "nothing: `flexserve serve` measures at its first start, `flexserve bench calibrate` at once"
+        return Line("calibration", State.UNUSED, "this machine was not measured yet", "", advice)
+    return Line("calibration", State.OK, calibration.describe(found.rates), "")

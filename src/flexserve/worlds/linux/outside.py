@@ -41,9 +41,6 @@ class Outside:
     def finished(self, call: int, freed_bytes: int) -> None:
         """All of them are."""
 
-    def asks(self, nbytes: int) -> None:
-        """A request could use so much more."""
-
     def closed(self, name: str) -> None:
         """A model is closed: its files are not read any more."""
 

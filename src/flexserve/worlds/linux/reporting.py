@@ -62,5 +62,5 @@ def status(runner: Runner, names: Iterable[str], *, uptime_s: float, flexmem: st
         restarts=0,  # the supervisor knows
         flexmem=flexmem,
         models=tuple(models),
-        budget=Budget(view.budget, view.cap, view.floor, view.held),
+        budget=Budget(view.budget, view.cap, view.floor, view.held, view.wanted),
     )

@@ -205,8 +205,8 @@ class Runner:
                 self._outside.answered(number, chosen, later)
             case ef.FinishRecall(number, freed):
                 self._outside.finished(number, freed)
-            case ef.AskOffer(nbytes):
-                self._outside.asks(nbytes)
+            case ef.AskOffer():
+                pass  # the normal world looks every second, and sees it in `Budget.wanted_bytes`
             case _:
                 self._carry_out_for(effect)
 
@@ -371,7 +371,7 @@ class Runner:
         with self._lock:
             self._models[name] = _Model(model)
         said = model.parts, model.kv_bytes_per_token, model.context_tokens, model.info.name
-        self.post(ev.ModelRegistered(name, *said))
+        self.post(ev.ModelRegistered(name, *said, fixed_bytes=model.adapter_bytes))
         self._sessions.find()
 
     def remove(self, name: str) -> None:
@@ -470,7 +470,7 @@ class Runner:
 
     def budget(self) -> Budget:
         view = self.view()
-        return Budget(view.budget, view.cap, view.floor, view.held)
+        return Budget(view.budget, view.cap, view.floor, view.held, view.wanted)
 
     def trace(self, after: int) -> list[str]:
         """JSON lines of events above this number."""

@@ -36,6 +36,7 @@ from ...errors import (
     ModelUnsupported,
 )
 from ...flexmem import repack
+from ...flexmem.loader import WORKERS
 from ...flexmem.uffd import UffdDeniedError, Userfaultfd
 from ...framework import events as ev
 from ...sealed.crypto import rest_ciphers
@@ -58,7 +59,6 @@ from .channel import (
     Measures,
     Offer,
     OfferSession,
-    OfferWanted,
     OfferWorkflows,
     Optimize,
     Optimized,
@@ -130,6 +130,7 @@ class SecureWorld(Outside):
             self.flexmem = "none: switched off"
         self._options = EngineOptions(
             threads=configure.threads,
+            load_workers=WORKERS if configure.load_workers is None else configure.load_workers,
             context_tokens=configure.context_tokens,
             on_demand=self.flexmem == "userfaultfd",
             hide_from_dumps=configure.hardened,
@@ -223,9 +224,6 @@ class SecureWorld(Outside):
 
     def finished(self, call: int, freed_bytes: int) -> None:
         self._tell(RecallEnded(call, freed_bytes))
-
-    def asks(self, nbytes: int) -> None:
-        self._tell(OfferWanted(nbytes))
 
     def fails(self) -> None:
         self.failed = True

@@ -39,7 +39,6 @@ from .channel import (
     Failed,
     Generate,
     Offer,
-    OfferWanted,
     Ready,
     RecallAnswered,
     RecallBegan,
@@ -91,6 +90,7 @@ class LinuxWorld(WorkflowMethods):
         trust_dir: Path | None = None,
         passphrase_file: Path | None = None,
         threads: int | None = None,
+        load_workers: int | None = None,
         context_tokens: int | None = None,
         on_demand: bool = True,
         hardened: bool = True,
@@ -102,6 +102,7 @@ class LinuxWorld(WorkflowMethods):
         """`device_key`: a path, or `credential:NAME`. `vendor_pub` replaces the trust store. `session_dir`: where
         conversations are saved, encrypted; None: nowhere. `session_bytes`: of memory for them; 0: keep none.
 
+        `threads` compute (None: one for each processor), `load_workers` load (None: the usual number).
         `settings`: the Framework's; None: the usual, with three quarters of this machine's memory as budget.
         `lazy` off: idle weights are never handed to the kernel, whatever `settings` say.
         `on_demand` off: no userfaultfd, models load fully before they compute. `hardened` off is for the
@@ -115,6 +116,7 @@ class LinuxWorld(WorkflowMethods):
             vendor_pub=None if vendor_pub is None else str(vendor_pub.absolute()),
             trust_dir=str((trust_dir or default_trust_dir()).absolute()),
             threads=threads or len(os.sched_getaffinity(0)),
+            load_workers=load_workers,
             context_tokens=context_tokens,
             on_demand=on_demand,
             hardened=hardened,
@@ -146,7 +148,6 @@ class LinuxWorld(WorkflowMethods):
         self._keeper = (
             None if session_dir is None else SessionKeeper(session_dir, self._call, self._cannot_save)
         )
-        self.wanted_bytes = 0  # what a request could use more than the budget, as the secure world last said
 
     # Two users: for a server that is started as root
 
@@ -467,8 +468,6 @@ class LinuxWorld(WorkflowMethods):
                 self._calls.reply(call, message)
             case RecallBegan() | RecallEnded():
                 self._memory.tell(message)
-            case OfferWanted(nbytes):
-                self.wanted_bytes = nbytes
             case SavesWanted():
                 if self._keeper is not None:
                     self._keeper.wanted()
