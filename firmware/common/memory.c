@@ -6,7 +6,7 @@ void *memset(void *to, int value, size_t bytes) {
     u64 word = (u8)value * 0x0101010101010101ul;
     for (; bytes && (uintptr_t)at % 8; bytes--)
         *at++ = (u8)value;
-    for (; bytes >= 8; bytes -= 8, at += 8)
+    _Pragma("GCC unroll 8") for (; bytes >= 8; bytes -= 8, at += 8)
         *(u64 *)(void *)at = word;
     while (bytes--)
         *at++ = (u8)value;

@@ -43,13 +43,10 @@ void machine_copy(u64 *to, u64 from, u64 words) {
 }
 
 /* Pairs of registers: QEMU's DC ZVA costs more than four of them. */
+#define ZERO_64 "stp xzr, xzr, [%0], #16\n stp xzr, xzr, [%0], #16\n stp xzr, xzr, [%0], #16\n stp xzr, xzr, [%0], #16\n"
 void machine_zero_page(u64 address) {
-    for (u64 at = address; at < address + PAGE_SIZE; at += 128)
-        __asm__ volatile("stp xzr, xzr, [%0]\n stp xzr, xzr, [%0, #16]\n stp xzr, xzr, [%0, #32]\n stp xzr, xzr, [%0, #48]\n"
-                         "stp xzr, xzr, [%0, #64]\n stp xzr, xzr, [%0, #80]\n stp xzr, xzr, [%0, #96]\n stp xzr, xzr, [%0, #112]"
-                         :
-                         : "r"(at)
-                         : "memory");
+    for (u64 end = address + PAGE_SIZE; address < end;)
+        __asm__ volatile(ZERO_64 ZERO_64 ZERO_64 ZERO_64 : "+r"(address) : : "memory");
 }
 
 void machine_table_barrier(void) { __asm__ volatile("dsb ishst" : : : "memory"); }

@@ -10,6 +10,7 @@ u64 machine_read64(u64 address);
 void machine_copy(u64 *to, u64 from, u64 words);
 /* Zero one page. */
 void machine_zero_page(u64 address);
+void *memset(void *to, int value, size_t bytes);
 /* What was written before is seen by table walks before what is written after. */
 void machine_table_barrier(void);
 /* All CPUs forget all stage-2 translations, and those derived from them. */

@@ -8,7 +8,7 @@
 #define VTCR 0x80023559ul /* 39-bit addresses from level 1, 4 KiB, write-back inner shareable walks */
 
 ALIGNED(16) u8 el2_stacks[MAX_CPUS][1 << 14];
-struct monitor monitor;
+struct monitor monitor __attribute__((section(".tables"))); /* pages_init writes it: zeros first would be written twice */
 #ifdef CONTROLS
 u64 defences_off;
 #endif

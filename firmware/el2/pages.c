@@ -34,9 +34,18 @@ static u64 pages_in(u64 item) { return is_block(item) ? BLOCK_PAGES : 1; }
 static u8 get(const struct monitor *m, u64 page) { return __atomic_load_n(&m->entry[page], __ATOMIC_RELAXED); }
 static void set(struct monitor *m, u64 page, u8 entry) { __atomic_store_n(&m->entry[page], entry, __ATOMIC_RELAXED); }
 
-static void set_item(struct monitor *m, u64 item, u8 entry) {
-    for (u64 i = 0, page = page_of(item); i < pages_in(item); i++)
-        set(m, page + i, entry);
+/* An item that names `page`: it, or all of its block. */
+static void set_item(struct monitor *m, u64 item, u64 page, u8 entry) {
+    if (!is_block(item))
+        set(m, page, entry);
+    else
+        for (u64 i = 0; i < BLOCK_PAGES; i++)
+            set(m, page / BLOCK_PAGES * BLOCK_PAGES + i, entry);
+}
+
+static s64 check_entry(const struct monitor *m, u64 page, u8 from) {
+    const u8 entry = get(m, page);
+    return entry == ENTRY_DMA ? ABI_RANGE : entry != from && DEFENCE(D_STATE) ? ABI_STATE : ABI_OK;
 }
 
 static s64 check_item(const struct monitor *m, u64 item, u8 from) {
@@ -45,17 +54,14 @@ static s64 check_item(const struct monitor *m, u64 item, u8 from) {
         return ABI_INVALID;
     if (address < DRAM_BASE || address >= DRAM_END)
         return DEFENCE(D_RANGE) ? ABI_RANGE : ABI_OK;
-    for (u64 i = 0, page = page_of(item); i < pages_in(item); i++) {
-        const u8 entry = get(m, page + i);
-        if (entry == ENTRY_DMA)
-            return ABI_RANGE;
-        if (entry != from && DEFENCE(D_STATE))
-            return ABI_STATE;
-    }
-    return ABI_OK;
+    const u64 page = (address - DRAM_BASE) / PAGE_SIZE;
+    s64 status = ABI_OK;
+    if (!is_block(item))
+        return check_entry(m, page, from);
+    for (u64 i = 0; i < BLOCK_PAGES && status == ABI_OK; i++)
+        status = check_entry(m, page / BLOCK_PAGES * BLOCK_PAGES + i, from);
+    return status;
 }
-
-static bool managed(u64 item) { return page_of(item) < DRAM_PAGES; }
 
 /* A page in the wrong state because the same list already named it. */
 static bool named_before(const struct page_op *op, u64 index) {
@@ -72,10 +78,11 @@ static bool named_before(const struct page_op *op, u64 index) {
 static inline int guard(u32 kind) { return kind == OP_DONATE ? 1 : kind == OP_RELEASE ? -1 : 0; }
 
 static void move(struct monitor *m, const struct page_op *op, u64 item, bool back) {
-    if (!managed(item))
+    const u64 page = page_of(item);
+    if (page >= DRAM_PAGES)
         return; /* only in a control */
-    set_item(m, item, back ? from_entry[op->kind] : to_entry[op->kind]);
-    m->guarded[block_of(item)] += (u16)((back ? -guard(op->kind) : guard(op->kind)) * (int)pages_in(item));
+    set_item(m, item, page, back ? from_entry[op->kind] : to_entry[op->kind]);
+    m->guarded[page / BLOCK_PAGES] += (u16)((back ? -guard(op->kind) : guard(op->kind)) * (int)pages_in(item));
 }
 
 static s64 check_list(struct monitor *m, struct page_op *op) {
@@ -92,33 +99,34 @@ static s64 check_list(struct monitor *m, struct page_op *op) {
     return ABI_OK;
 }
 
+/* Keeps the compiler from adding an array's offset anew for each page of a list. */
+#define IN_REGISTER(pointer) __asm__("" : "+r"(pointer))
+
 /* Single pages in the state they should be in, from the list's start: how many there are. Most lists are nothing else. */
-static inline u64 move_plain(struct monitor *m, const u64 *items, u64 count, u8 from, u8 to, int guarded) {
+static inline __attribute__((always_inline)) u64 move_plain(struct monitor *m, const u64 *items, u64 count, u32 kind) {
+    const u8 from = from_entry[kind], to = to_entry[kind];
+    u8 *entry = m->entry;
+    u16 *guarded = m->guarded;
     u64 i;
-    _Pragma("GCC unroll 4") for (i = 0; i < count; i++) {
+    IN_REGISTER(entry);
+    IN_REGISTER(guarded);
+    for (i = 0; i < count; i++) {
         const u64 page = plain_page(items[i]);
-        if (__builtin_expect(page >= DRAM_PAGES || get(m, page) != from, 0))
+        if (__builtin_expect(page >= DRAM_PAGES || __atomic_load_n(&entry[page], __ATOMIC_RELAXED) != from, 0))
             break;
-        set(m, page, to);
-        if (guarded)
-            m->guarded[page / BLOCK_PAGES] += (u16)guarded;
+        __atomic_store_n(&entry[page], to, __ATOMIC_RELAXED);
+        if (guard(kind))
+            guarded[page / BLOCK_PAGES] += (u16)guard(kind);
     }
     return i;
 }
 
 static u64 check_plain(struct monitor *m, const struct page_op *op, u64 most) {
     const u64 *const items = op->items, count = op->count < most ? op->count : most;
-#define MOVE(kind)                                                                                       \
-    case kind:                                                                                           \
-        return move_plain(m, items, count, from_entry[kind], to_entry[kind], guard(kind))
-    switch (op->kind) {
-        MOVE(OP_DONATE);
-        MOVE(OP_CLAIM);
-        MOVE(OP_SCRUB);
-        MOVE(OP_RELEASE);
-    }
-#undef MOVE
-    return 0;
+    return op->kind == OP_DONATE  ? move_plain(m, items, count, OP_DONATE)
+           : op->kind == OP_CLAIM ? move_plain(m, items, count, OP_CLAIM)
+           : op->kind == OP_SCRUB ? move_plain(m, items, count, OP_SCRUB)
+                                  : move_plain(m, items, count, OP_RELEASE);
 }
 
 static s64 check_items(struct monitor *m, struct page_op *op) {
@@ -127,6 +135,7 @@ static s64 check_items(struct monitor *m, struct page_op *op) {
     if (op->kind == OP_DONATE)
         machine_copy(op->items, op->list, op->count); /* once: the list can change under us */
     u64 i = check_plain(m, op, wanted), pages = i;
+    op->plain = i == op->count;
     for (; i < op->count; i++) {
         const u64 item = op->items[i];
         status = check_item(m, item, from_entry[op->kind]);
@@ -144,7 +153,7 @@ static s64 check_items(struct monitor *m, struct page_op *op) {
     if (status == ABI_STATE && named_before(op, i))
         status = ABI_DUPLICATE;
     op->bad = i;
-    while (i-- > 0)
+    for (i = 0; i < op->bad; i++)
         move(m, op, op->items[i], true);
     return status;
 }
@@ -189,24 +198,26 @@ static void zero(struct monitor *m, u64 item) {
     for (u64 i = 0, page = page_of(item); i < pages_in(item) && DEFENCE(D_SCRUB); i++)
         machine_zero_page(DRAM_BASE + (page + i) * PAGE_SIZE);
     __atomic_thread_fence(__ATOMIC_RELEASE);
-    set_item(m, item, ENTRY_SCRUBBED);
+    set_item(m, item, page_of(item), ENTRY_SCRUBBED);
 }
 
-/* The part of a phase that is about one item: a block, or a page that is not `plain`, which is one only in a control. */
+/* The part of a phase that is about one item, a block or a page. */
 static void do_item(struct monitor *m, struct page_op *op, u32 phase, u64 item) {
     const u64 page = page_of(item), block = block_of(item);
-    if (!managed(item))
-        return;
+    if (page >= DRAM_PAGES)
+        return; /* only in a control */
     switch (phase) {
     case BREAK:
         is_block(item) ? stage2_break_block(m, block) : stage2_break_page(m, page);
+        flush_each(m);
         break;
     case MAKE:
         stage2_make(m, block);
-        set_item(m, item, ENTRY_FLEX);
+        set_item(m, item, page, ENTRY_FLEX);
         break;
     case MAP:
         is_block(item) ? stage2_map_block(m, block) : stage2_map_page(m, page);
+        flush_each(m);
         break;
     case MERGE:
         op->merges |= stage2_merge(m, block);
@@ -221,55 +232,62 @@ static void do_item(struct monitor *m, struct page_op *op, u32 phase, u64 item) 
     }
 }
 
-/* The same for a page, made to be part of a loop. */
-static inline void do_plain(struct monitor *m, struct page_op *op, u32 phase, u64 page) {
-    const u64 block = page / BLOCK_PAGES;
-    switch (phase) {
-    case BREAK:
-        stage2_break_page(m, page);
-        flush_each(m);
-        break;
-    case MAKE:
-        if (__builtin_expect(m->broken, 0))
+/* Blocks that donated pages lie in: tables in place of one entry, before and after the flush. A long list has pages of
+ * most blocks, so it looks at blocks; they are in this form only if the list, whose operation has the lock, names them. */
+static void split_blocks(struct monitor *m, const u64 *items, u64 count, bool link) {
+    const bool list_is_long = count >= DRAM_BLOCKS;
+    for (u64 i = 0; i < (list_is_long ? DRAM_BLOCKS : count); i++) {
+        const u64 block = list_is_long ? i : block_of(items[i]);
+        if (link)
             stage2_make(m, block);
-        set(m, page, ENTRY_FLEX);
-        break;
-    case MAP:
-        stage2_map_page(m, page);
-        flush_each(m);
-        break;
-    case MERGE:
-        if (__builtin_expect(stage2_merge(m, block), 0))
-            op->merges = true;
-        break;
+        else if (m->guarded[block] && m->form[block] == FORM_BLOCK)
+            stage2_split(m, block);
     }
 }
 
-/* From `next` to `end`, with a loop for each phase: lists are long. */
-static void do_items(struct monitor *m, struct page_op *op, u64 end) {
-    u64 *const items = op->items, first = op->next;
-#define EACH(phase)                                                \
-    case phase:                                                    \
-        _Pragma("GCC unroll 4") for (u64 i = first; i < end; i++) { \
-            const u64 item = read_again(op, items, i);             \
-            const u64 page = plain_page(item);                     \
-            if (__builtin_expect(page < DRAM_PAGES, 1))            \
-                do_plain(m, op, phase, page);                      \
-            else                                                   \
-                do_item(m, op, phase, item);                       \
-        }                                                          \
-        break
-    const u32 phase = program[op->kind][op->phase];
+/* The same as do_item for items that are all pages, with nothing else in the loops. */
+static void do_plain(struct monitor *m, struct page_op *op, u32 phase, const u64 *items, u64 count) {
+    u8 *entry = m->entry;
+    u64 *table = stage2_entry(m, 0);
+    IN_REGISTER(entry);
+    IN_REGISTER(table);
+#define EACH for (u64 i = 0; i < count; i++)
+#define PAGE(i) ((items[i] - DRAM_BASE) / PAGE_SIZE)
     switch (phase) {
-        EACH(BREAK);
-        EACH(MAKE);
-        EACH(MAP);
-        EACH(MERGE);
+    case BREAK:
+        split_blocks(m, items, count, false);
+        _Pragma("GCC unroll 4") EACH table[PAGE(i)] = 0;
+        break;
+    case MAKE:
+        if (m->broken)
+            split_blocks(m, items, count, true);
+        _Pragma("GCC unroll 4") EACH __atomic_store_n(&entry[PAGE(i)], ENTRY_FLEX, __ATOMIC_RELAXED);
+        break;
+    case MAP:
+        EACH stage2_map_page(m, PAGE(i));
+        break;
+    case MERGE:
+        EACH op->merges |= stage2_merge(m, PAGE(i) / BLOCK_PAGES);
+        break;
+    case ZERO:
+        EACH machine_zero_page(items[i]);
+        __atomic_thread_fence(__ATOMIC_RELEASE);
+        EACH set(m, PAGE(i), ENTRY_SCRUBBED);
+        break;
     default:
-        for (u64 i = first; i < end; i++)
-            do_item(m, op, phase, items[i]);
+        EACH do_item(m, op, phase, items[i]);
     }
 #undef EACH
+#undef PAGE
+}
+
+static void do_items(struct monitor *m, struct page_op *op, u64 end) {
+    const u32 phase = program[op->kind][op->phase];
+    if (op->plain && DEFENCE(~0ul))
+        do_plain(m, op, phase, op->items + op->next, end - op->next);
+    else
+        for (u64 i = op->next; i < end; i++)
+            do_item(m, op, phase, read_again(op, op->items, i));
 }
 
 static bool take_lock(struct monitor *m, u32 cpu) {
@@ -331,6 +349,7 @@ void op_run(struct monitor *m, struct page_op *op) {
 }
 
 void pages_init(struct monitor *m) {
+    memset(m, 0, offsetof(struct monitor, stage2.pages));
     stage2_init(&m->stage2);
     for (u64 page = (DMA_BASE - DRAM_BASE) / PAGE_SIZE; page < (DMA_BASE + DMA_SIZE - DRAM_BASE) / PAGE_SIZE; page++)
         if (page < DRAM_PAGES && DEFENCE(D_DMA)) /* tests have less memory */
@@ -355,39 +374,11 @@ s64 page_state(const struct monitor *m, u64 address) {
 }
 
 bool range_unprotected(const struct monitor *m, u64 address, u64 bytes) {
-    if (address < DRAM_BASE || address >= DRAM_END || bytes > DRAM_END - address)
+    const u64 end = address + bytes;
+    if (address < DRAM_BASE || address >= DRAM_END || end < address || end > DRAM_END)
         return false;
-    for (u64 at = address & ~(PAGE_SIZE - 1); at < address + bytes; at += PAGE_SIZE)
+    for (u64 at = address & ~(PAGE_SIZE - 1); at < end; at += PAGE_SIZE)
         if (get(m, page_of(at)) != ENTRY_UNPROTECTED)
             return false;
     return true;
-}
-
-const char *pages_wrong(const struct monitor *m) {
-    u64 flex = 0, claimed = 0;
-    if (m->lock)
-        return "the lock is held";
-    if (m->broken)
-        return "a block waits for its table";
-    for (u64 block = 0; block < DRAM_BLOCKS; block++) {
-        u64 guarded = 0;
-        for (u64 page = block * BLOCK_PAGES; page < (block + 1) * BLOCK_PAGES; page++) {
-            u64 address = DRAM_BASE + page * PAGE_SIZE;
-            bool mapped = stage2_walk(&m->stage2, address) != 0, valid = m->stage2.pages[block][page % BLOCK_PAGES] != 0;
-            if (!valid && m->form[block] != FORM_TABLE)
-                return "a table nobody walks does not map all of its block";
-            guarded += m->entry[page] != ENTRY_UNPROTECTED;
-            flex += m->entry[page] == ENTRY_FLEX;
-            claimed += m->entry[page] == ENTRY_CLAIMED || m->entry[page] == ENTRY_SCRUBBED;
-            if (m->entry[page] == ENTRY_DONATING || m->entry[page] == ENTRY_SCRUBBING)
-                return "a page is between two states";
-            if (mapped != (m->entry[page] == ENTRY_UNPROTECTED))
-                return "a page is mapped and protected, or neither";
-        }
-        if (guarded != m->guarded[block])
-            return "a block's count of guarded pages is wrong";
-        if ((guarded == 0) != (m->form[block] == FORM_BLOCK))
-            return "a block is not merged, or is mapped though a page of it is protected";
-    }
-    return flex == m->flex && claimed == m->claimed ? NULL : "a counter is wrong";
 }

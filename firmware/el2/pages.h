@@ -43,8 +43,9 @@ struct monitor {
     u64 broken;               /* blocks that are FORM_BROKEN */
     u16 guarded[DRAM_BLOCKS]; /* pages of the block that are not UNPROTECTED */
     u8 form[DRAM_BLOCKS];     /* near the start, like `guarded`: one instruction less for each page */
+    u8 filled[DRAM_BLOCKS];   /* the block's table has been written: the first split does that */
     u8 entry[DRAM_PAGES];
-    struct stage2 stage2;
+    struct stage2 stage2; /* last, and in it the tables: pages_init leaves those as they are */
 };
 
 enum op_kind { OP_DONATE, OP_CLAIM, OP_SCRUB, OP_RELEASE };
@@ -59,6 +60,7 @@ struct page_op {
     u64 next;      /* the item the current phase is at */
     u64 pages;     /* named by the items so far checked */
     u64 bad;       /* index of the item an error is about */
+    bool plain;    /* checked: all items are pages. Most lists are, and their loops are short */
     bool merges;   /* release: a block becomes one entry again */
     s64 status;
 };
@@ -69,6 +71,4 @@ void op_run(struct monitor *m, struct page_op *op);
 /* The state everybody sees: PAGE_*, or an error. */
 s64 page_state(const struct monitor *m, u64 address);
 bool range_unprotected(const struct monitor *m, u64 address, u64 bytes);
-/* NULL, or which invariant does not hold. For tests; assumes that no operation is under way. */
-const char *pages_wrong(const struct monitor *m);
 #endif

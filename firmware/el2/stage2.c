@@ -29,9 +29,6 @@ void stage2_init(struct stage2 *s) {
     s->uart_page[0] = UART_BASE | DEVICE_MEMORY | PAGE;
     for (u64 at = PCI_BASE; at < DRAM_BASE; at += BLOCK_SIZE) /* behind the SMMU */
         s->devices[at / BLOCK_SIZE] = at | DEVICE_MEMORY | BLOCK;
-    u64 *const entries = s->pages[0]; /* the tables follow each other as the blocks do */
-    _Pragma("GCC unroll 8") for (u64 page = 0; page < DRAM_PAGES; page++)
-        entries[page] = stage2_descriptor(page);
     for (u64 block = 0; block < DRAM_BLOCKS; block++)
         s->dram[block] = (DRAM_BASE + block * BLOCK_SIZE) | NORMAL_MEMORY | BLOCK;
     s->l1[0] = table_at(s->devices);
@@ -48,8 +45,10 @@ void stage2_init(struct stage2 *s) {
 }
 
 static void fill(struct monitor *m, u64 block, bool mapped) {
-    for (u64 i = 0; i < BLOCK_PAGES; i++)
-        m->stage2.pages[block][i] = mapped ? stage2_descriptor(block * BLOCK_PAGES + i) : 0;
+    u64 *const table = m->stage2.pages[block], first = stage2_descriptor(block * BLOCK_PAGES);
+    _Pragma("GCC unroll 8") for (u64 i = 0; i < BLOCK_PAGES; i++)
+        table[i] = mapped ? first + i * PAGE_SIZE : 0;
+    m->filled[block] = true;
 }
 
 static void link_table(struct monitor *m, u64 block) {
@@ -59,6 +58,8 @@ static void link_table(struct monitor *m, u64 block) {
 }
 
 void stage2_split(struct monitor *m, u64 block) {
+    if (!m->filled[block])
+        fill(m, block, true);
     m->stage2.dram[block] = 0;
     m->form[block] = FORM_BROKEN;
     m->broken++;

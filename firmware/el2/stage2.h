@@ -1,8 +1,8 @@
 /* The normal world's stage-2 tables: 4 KiB granule, 39-bit addresses, identity or nothing.
  *
  * Knows descriptors and forms of blocks. Does not know page states: pages.c decides. Every block has its table
- * reserved, so splitting cannot fail, and while nothing of the block is taken page by page the table maps all of it.
- * An entry changes only through invalid (break before make). */
+ * reserved, so splitting cannot fail. The first split fills it; from then on, while nothing of the block is taken page by
+ * page, the table maps all of it. An entry changes only through invalid (break before make). */
 #ifndef STAGE2_H
 #define STAGE2_H
 #include "defences.h"

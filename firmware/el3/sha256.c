@@ -11,28 +11,35 @@ static const u32 k[64] = {
 
 static u32 turn(u32 x, u32 n) { return x >> n | x << (32 - n); }
 
-static void block(u32 h[8], const u8 *in) {
-    u32 w[64], v[8];
+/* One round; the caller turns the names instead of moving eight values. */
+#define ROUND(a, b, c, d, e, f, g, h, i)                                                                     \
+    do {                                                                                                     \
+        const u32 t = h + (turn(e, 6) ^ turn(e, 11) ^ turn(e, 25)) + (g ^ (e & (f ^ g))) + k[i] + w[i];      \
+        d += t;                                                                                              \
+        h = t + (turn(a, 2) ^ turn(a, 13) ^ turn(a, 22)) + ((a & b) | (c & (a | b)));                        \
+    } while (0)
+
+static void block(u32 state[8], const u32 *in) {
+    u32 w[64];
     for (u32 i = 0; i < 16; i++)
-        w[i] = (u32)in[4 * i] << 24 | (u32)in[4 * i + 1] << 16 | (u32)in[4 * i + 2] << 8 | in[4 * i + 3];
+        w[i] = __builtin_bswap32(in[i]);
     for (u32 i = 16; i < 64; i++) {
-        u32 a = turn(w[i - 15], 7) ^ turn(w[i - 15], 18) ^ w[i - 15] >> 3;
-        u32 b = turn(w[i - 2], 17) ^ turn(w[i - 2], 19) ^ w[i - 2] >> 10;
-        w[i] = w[i - 16] + a + w[i - 7] + b;
+        const u32 x = turn(w[i - 15], 7) ^ turn(w[i - 15], 18) ^ w[i - 15] >> 3;
+        const u32 y = turn(w[i - 2], 17) ^ turn(w[i - 2], 19) ^ w[i - 2] >> 10;
+        w[i] = w[i - 16] + x + w[i - 7] + y;
     }
-    for (u32 i = 0; i < 8; i++)
-        v[i] = h[i];
-    for (u32 i = 0; i < 64; i++) {
-        u32 e = v[4], a = v[0];
-        u32 t1 = v[7] + (turn(e, 6) ^ turn(e, 11) ^ turn(e, 25)) + ((e & v[5]) ^ (~e & v[6])) + k[i] + w[i];
-        u32 t2 = (turn(a, 2) ^ turn(a, 13) ^ turn(a, 22)) + ((a & v[1]) ^ (a & v[2]) ^ (v[1] & v[2]));
-        for (u32 j = 7; j > 0; j--)
-            v[j] = v[j - 1];
-        v[4] += t1;
-        v[0] = t1 + t2;
+    u32 a = state[0], b = state[1], c = state[2], d = state[3], e = state[4], f = state[5], g = state[6], h = state[7];
+    for (u32 i = 0; i < 64; i += 8) {
+        ROUND(a, b, c, d, e, f, g, h, i);
+        ROUND(h, a, b, c, d, e, f, g, i + 1);
+        ROUND(g, h, a, b, c, d, e, f, i + 2);
+        ROUND(f, g, h, a, b, c, d, e, i + 3);
+        ROUND(e, f, g, h, a, b, c, d, i + 4);
+        ROUND(d, e, f, g, h, a, b, c, i + 5);
+        ROUND(c, d, e, f, g, h, a, b, i + 6);
+        ROUND(b, c, d, e, f, g, h, a, i + 7);
     }
-    for (u32 i = 0; i < 8; i++)
-        h[i] += v[i];
+    state[0] += a, state[1] += b, state[2] += c, state[3] += d, state[4] += e, state[5] += f, state[6] += g, state[7] += h;
 }
 
 void sha256(const void *data, u64 bytes, u8 digest[32]) {
@@ -40,15 +47,15 @@ void sha256(const void *data, u64 bytes, u8 digest[32]) {
     const u8 *in = data;
     u64 left = bytes;
     for (; left >= 64; left -= 64, in += 64)
-        block(h, in);
-    u8 last[128];
+        block(h, (const u32 *)(const void *)in);
+    u8 ALIGNED(4) last[128];
     u64 size = left < 56 ? 64 : 128;
     for (u64 i = 0; i < size; i++)
         last[i] = i < left ? in[i] : i == left ? 0x80 : 0;
     for (u32 i = 0; i < 8; i++)
         last[size - 1 - i] = (u8)(bytes * 8 >> 8 * i);
     for (u64 i = 0; i < size; i += 64)
-        block(h, last + i);
+        block(h, (const u32 *)(const void *)(last + i));
     for (u32 i = 0; i < 32; i++)
         digest[i] = (u8)(h[i / 4] >> (24 - 8 * (i % 4)));
 }

@@ -19,19 +19,25 @@ enum trusted_os { OS_BOOTING, OS_WAITING, OS_INSIDE, OS_CALLING, OS_STOPPED };
 static struct context secure, normal[MAX_CPUS];
 static u32 state, visitor;
 
-static void save(struct context *c, const struct frame *f) {
+/* `whole`: with EL1's system registers. While EL2 serves a call of the trusted OS they stay: EL2 uses none of them, they
+ * hold no data, and they are most of what a switch costs. */
+static void save(struct context *c, const struct frame *f, bool whole) {
     u64 i = 0;
     c->frame = *f;
 #define SAVE(name) c->el1[i++] = read_reg(name);
-    EL1_REGISTERS(SAVE)
+    if (whole) {
+        EL1_REGISTERS(SAVE)
+    }
     fp_save(c->fp);
 }
 
-static void restore(const struct context *c, struct frame *f) {
+static void restore(const struct context *c, struct frame *f, bool whole) {
     u64 i = 0;
     *f = c->frame;
 #define RESTORE(name) write_reg(name, c->el1[i++]);
-    EL1_REGISTERS(RESTORE)
+    if (whole) {
+        EL1_REGISTERS(RESTORE)
+    }
     if (DEFENCE(D_VECTORS))
         fp_restore(c->fp);
 }
@@ -45,8 +51,9 @@ void world_boot(struct frame *f) {
 }
 
 static void enter(struct frame *f, u32 cpu) {
-    save(&normal[cpu], f);
-    restore(&secure, f);
+    const bool whole = state != OS_CALLING;
+    save(&normal[cpu], f, whole);
+    restore(&secure, f, whole);
     write_reg(scr_el3, SCR_SECURE);
     isb();
     visitor = cpu;
@@ -54,9 +61,10 @@ static void enter(struct frame *f, u32 cpu) {
 }
 
 static void leave(struct frame *f, u32 cpu, u32 next, u64 kind, const u64 value[3]) {
-    save(&secure, f);
+    const bool whole = next != OS_CALLING;
+    save(&secure, f, whole);
     state = next;
-    restore(&normal[cpu], f);
+    restore(&normal[cpu], f, whole);
     f->x[0] = kind;
     for (u32 i = 0; i < 3; i++)
         f->x[i + 1] = value[i];
@@ -68,7 +76,7 @@ static void leave(struct frame *f, u32 cpu, u32 next, u64 kind, const u64 value[
 void world_serve(struct frame *f, u32 cpu) {
     const u64 id = f->x[0], a[4] = {f->x[1], f->x[2], f->x[3], f->x[4]};
     const u32 needed = id == INT_WORLD_ENTER ? OS_WAITING : id == INT_WORLD_REPLY ? OS_CALLING : OS_STOPPED;
-    if (state != needed || protection != PROTECTION_ON)
+    if (state != needed || (needed == OS_CALLING && visitor != cpu) || protection != PROTECTION_ON)
         panic("el2 entered the trusted os out of order", id);
     enter(f, cpu);
     for (u64 i = 0; i < 4 && id == INT_WORLD_ENTER; i++)
@@ -81,11 +89,11 @@ void world_serve(struct frame *f, u32 cpu) {
 bool world_secure_call(struct frame *f, u32 cpu) {
     const u64 value[3] = {f->x[1], f->x[2], f->x[3]}, call[3] = {f->x[0], f->x[1], 0};
     if (f->x[0] == INT_SEL1_READY && state == OS_BOOTING) {
-        save(&secure, f);
+        save(&secure, f, true);
         state = OS_WAITING;
         memset(&normal[cpu], 0, sizeof(normal[cpu])); /* nothing of the trusted OS stays in a register */
         normal[cpu].el1[0] = SCTLR_EL1_RES1;
-        restore(&normal[cpu], f);
+        restore(&normal[cpu], f, true);
         write_reg(scr_el3, normal_scr());
         enter_el1(&resume_frame[cpu], NORMAL_BASE, 0);
         enter_el2(f, cpu, true);

@@ -19,7 +19,7 @@ static const struct {
 
 /* All that differs between two reachable states. */
 struct state {
-    u8 entry[3], in_table[3], cached[3], secret[3], form[2], in_dram[2], others_in_table[2], lock;
+    u8 entry[3], in_table[3], cached[3], secret[3], form[2], filled[2], in_dram[2], others_in_table[2], lock;
     u8 busy[2], kind[2], list[2], phase[2], next[2], merges[2];
 };
 
@@ -53,9 +53,10 @@ static void load(const struct state *s) {
     monitor.broken = (s->form[0] == FORM_BROKEN) + (s->form[1] == FORM_BROKEN);
     for (u64 b = 0; b < 2; b++) {
         monitor.form[b] = s->form[b];
+        monitor.filled[b] = s->filled[b];
         monitor.guarded[b] = 0;
         for (u64 i = 0; i < BLOCK_PAGES; i++) /* the descriptor's bits do not matter here, only that it is valid */
-            monitor.stage2.pages[b][i] = s->others_in_table[b] || !walked(s->form[b]) ? 3 : 0;
+            monitor.stage2.pages[b][i] = s->filled[b] ? (s->others_in_table[b] || !walked(s->form[b]) ? 3 : 0) : i % 2 * 3;
         monitor.stage2.dram[b] = 0;
         if (s->in_dram[b])
             monitor.stage2.dram[b] = s->form[b] == FORM_TABLE ? (u64)(uintptr_t)monitor.stage2.pages[b] | 3 : 1;
@@ -64,13 +65,15 @@ static void load(const struct state *s) {
         u64 block = pages[i] / BLOCK_PAGES;
         monitor.entry[pages[i]] = s->entry[i];
         monitor.guarded[block] += s->entry[i] != ENTRY_UNPROTECTED;
-        monitor.stage2.pages[block][pages[i] % BLOCK_PAGES] = s->in_table[i] || !walked(s->form[block]) ? 3 : 0;
+        if (s->filled[block])
+            monitor.stage2.pages[block][pages[i] % BLOCK_PAGES] = s->in_table[i] || !walked(s->form[block]) ? 3 : 0;
         cached[pages[i]] = s->cached[i];
         memory[pages[i]][0] = s->secret[i];
     }
     for (u32 cpu = 0; cpu < 2; cpu++) {
         ops[cpu] = (struct page_op){.kind = s->kind[cpu], .cpu = cpu, .phase = s->phase[cpu], .next = s->next[cpu]};
         ops[cpu].merges = s->merges[cpu];
+        ops[cpu].plain = true;
         ops[cpu].count = lists[s->list[cpu]].count;
         ops[cpu].items = items[cpu];
         ops[cpu].ticket = 1;
@@ -87,11 +90,14 @@ static void save(struct state *s, const u8 busy[2], const u8 list[2]) {
     s->lock = (u8)monitor.lock;
     for (u64 b = 0; b < 2; b++) {
         s->form[b] = monitor.form[b];
+        s->filled[b] = monitor.filled[b];
         s->in_dram[b] = monitor.stage2.dram[b] != 0;
-        /* A table nobody walks maps all of its block: what is in it is no part of the state. */
-        bool table = walked(monitor.form[b]);
+        /* A table nobody walks maps all of its block, or is rubbish: what is in it is no part of the state. */
+        const bool table = walked(monitor.form[b]);
+        if (table && !s->filled[b])
+            fail("a table is walked that nobody filled");
         s->others_in_table[b] = table && monitor.stage2.pages[b][5] != 0;
-        for (u64 i = 3; i < BLOCK_PAGES; i++)
+        for (u64 i = 3; i < BLOCK_PAGES && s->filled[b]; i++)
             if ((monitor.stage2.pages[b][i] != 0) != (s->others_in_table[b] || !table))
                 fail("pages nobody named differ");
         for (u64 i = 0; i < 3; i++)

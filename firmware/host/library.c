@@ -54,9 +54,11 @@ s64 monitor_call(u32 id, u64 arg, u64 *value) {
     return os_answer.status;
 }
 
-void flexmem_map(const u64 *items, u64 count) {
+u64 flexmem_map(u64 *to, const u64 *items, u64 count) {
+    u64 blocks = 0;
     for (u64 i = 0; i < count; i++) {
-        u64 bytes = item_bytes(items[i]);
+        u64 bytes = item_bytes(to[i] = items[i]);
+        blocks += items[i] & ABI_ITEM_BLOCK;
         for (u64 page = (item_address(items[i]) - DRAM_BASE) / PAGE_SIZE; bytes; page++, bytes -= PAGE_SIZE) {
             if (mapped_by_os[page] || cached[page])
                 broken = "a page is given that is in use";
@@ -64,11 +66,12 @@ void flexmem_map(const u64 *items, u64 count) {
             memory[page][0] = memory[page][511] = 0x5ec7e7; /* a secret */
         }
     }
+    return blocks;
 }
 
-void flexmem_unmap(const u64 *items, u64 count) {
+void flexmem_unmap(u64 *to, u64 *also, const u64 *items, u64 count) {
     for (u64 i = 0; i < count; i++) {
-        u64 bytes = item_bytes(items[i]);
+        u64 bytes = item_bytes(to[i] = also[i] = items[i]);
         for (u64 page = (item_address(items[i]) - DRAM_BASE) / PAGE_SIZE; bytes; page++, bytes -= PAGE_SIZE) {
             if (!mapped_by_os[page])
                 broken = "a page is taken that was not given";
@@ -98,7 +101,7 @@ static void os_main(void) {
 }
 
 void host_reset(void) {
-    memset(&monitor, 0, sizeof(monitor));
+    memset(&monitor, 0xff, sizeof(monitor)); /* as EL2 finds memory after protection was off */
     memset(&flexmem, 0, sizeof(flexmem));
     memset(&session, 0, sizeof(session));
     memset(mapped_by_os, 0, sizeof(mapped_by_os));
@@ -159,6 +162,8 @@ const char *host_wrong(void) {
     if (broken)
         return broken;
     for (u64 page = 0; page < DRAM_PAGES; page++) {
+        if (!dirty[page])
+            continue; /* nobody ever wrote there */
         bool secret = memory[page][0] == 0x5ec7e7 || memory[page][511] == 0x5ec7e7;
         if (secret && (cached[page] || monitor.entry[page] == ENTRY_UNPROTECTED))
             return "the normal world can read a secret";

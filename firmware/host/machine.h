@@ -9,4 +9,6 @@ extern u64 memory[DRAM_PAGES][512];
 /* Pages some CPU's TLB may still know: everything that was mapped since the last flush. */
 extern u8 cached[DRAM_PAGES];
 void machine_cache_all(void);
+/* NULL, or which invariant does not hold. Assumes that no operation is under way. */
+const char *pages_wrong(const struct monitor *m);
 #endif

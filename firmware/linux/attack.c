@@ -21,26 +21,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "monitor.h"
+#include "attack.h"
 
 #define PATIENCE_MS 20000 /* of the twin, which succeeds; the attack itself may hang in the kernel for good */
 #define SPARE 0x7ee01000ul /* memory that the device tree does not name, and that is no secret's either: devicetree.py */
 
-struct target {
-    volatile uint64_t *at; /* in the owner */
-    uint64_t frame;
-    pid_t owner;
-};
-
-struct report {
-    uint64_t value;
-    int error;
-};
-
-typedef struct report (*attempt)(const struct target *t);
-
-static struct report got(uint64_t value) { return (struct report){value, 0}; }
-static struct report refused(void) { return (struct report){0, errno ? errno : -1}; }
+struct report got(uint64_t value) { return (struct report){value, 0}; }
+struct report refused(void) { return (struct report){0, errno ? errno : -1}; }
 
 static struct report touch(const struct target *t) { return got(t->at[1]); }
 
@@ -85,21 +72,29 @@ static struct report by_proc_mem(const struct target *t) {
     return read_at(path, (uintptr_t)(t->at + 1));
 }
 
-/* Where kcore, an image of an ELF file, shows a physical address. */
-static struct report by_kcore(const struct target *t) {
+/* kcore is an image of an ELF file. */
+bool kernel_view(uint64_t physical, uint64_t *address, uint64_t *offset) {
     int file = open("/proc/kcore", O_RDONLY);
     Elf64_Ehdr head;
     Elf64_Phdr part;
+    bool found = false;
     if (file < 0 || pread(file, &head, sizeof(head), 0) != sizeof(head))
-        return refused();
-    for (int i = 0; i < head.e_phnum; i++) {
+        return false;
+    for (int i = 0; i < head.e_phnum && !found; i++) {
         if (pread(file, &part, sizeof(part), (off_t)(head.e_phoff + (uint64_t)i * sizeof(part))) != sizeof(part))
-            return refused();
-        if (part.p_type == PT_LOAD && part.p_paddr != ~0ul && t->frame - part.p_paddr < part.p_memsz)
-            return read_at("/proc/kcore", part.p_offset + t->frame - part.p_paddr + 8);
+            return false;
+        found = part.p_type == PT_LOAD && part.p_paddr != ~0ul && physical - part.p_paddr < part.p_memsz;
+        *address = part.p_vaddr + physical - part.p_paddr;
+        *offset = part.p_offset + physical - part.p_paddr;
     }
-    errno = ENOENT;
-    return refused();
+    close(file);
+    errno = found ? 0 : ENOENT;
+    return found;
+}
+
+static struct report by_kcore(const struct target *t) {
+    uint64_t address, offset;
+    return kernel_view(t->frame, &address, &offset) ? read_at("/proc/kcore", offset + 8) : refused();
 }
 
 static struct report by_dev_mem(const struct target *t) {
@@ -171,7 +166,8 @@ static const struct {
     {"touch", touch, true, false}, {"overwrite", overwrite, true, false}, {"syscall", by_syscall, true, false},
     {"splice", by_splice, true, false}, {"fork", by_fork, true, false}, {"readv", by_readv, false, false},
     {"ptrace", by_ptrace, false, false}, {"proc-mem", by_proc_mem, false, false}, {"kcore", by_kcore, false, false},
-    {"dev-mem", by_dev_mem, false, true}, {"kexec", by_kexec, false, false},
+    {"dev-mem", by_dev_mem, false, true}, {"kexec", by_kexec, false, false}, {"bpf", by_bpf, false, false},
+    {"module", by_module, false, false},
 };
 
 static void tell(int to, const void *what, size_t bytes) {

@@ -182,30 +182,37 @@ static u64 vector_canaries(void) {
     return found;
 }
 
-/* Interrupt the trusted OS again and again while it works, and look at what it leaves in registers. */
+/* Interrupt the trusted OS again and again while it works, and look at what it leaves in registers. Visits until there
+ * were interrupts enough: on a busy host the emulator's timer can be late by more than a visit. */
 static bool preempt_storm(struct outcome *out, bool twin) {
-    u64 r[4] = {0, 0, 0, 0}, stops = 0, leaks = 0, frequency = read_reg(cntfrq_el0);
+    const u64 passes = 20, enough = 10, most_visits = 100, frequency = read_reg(cntfrq_el0);
+    u64 r[4] = {0, 0, 0, 0}, stops = 0, leaks = 0;
     (void)twin;
     give(VICTIM, BLOCK_PAGES);
-    u64 expected = 20 * checksum();
-    timer(frequency / 2000);
-    s64 status = call_monitor(CALL_SECURE_CALL, SVC_SPIN, 20, 0, r);
-    while (status == ABI_PREEMPTED || status == ABI_BUSY) {
-        stops += status == ABI_PREEMPTED;
-        leaks += vector_canaries();
-        if (call_monitor(CALL_SECURE_CALL, SVC_ECHO, 1, 2, r) != ABI_BUSY)
-            say("set-up failed: two visits at once\n");
+    const u64 expected = passes * checksum();
+    out->seen = NULL;
+    for (u64 visit = 0; visit < most_visits && stops < enough && !out->seen; visit++) {
         timer(frequency / 2000);
-        status = call_monitor(CALL_RESUME, 0, 0, 0, r);
+        s64 status = call_monitor(CALL_SECURE_CALL, SVC_SPIN, passes, 0, r);
+        while (status == ABI_PREEMPTED || status == ABI_BUSY) {
+            stops += status == ABI_PREEMPTED;
+            leaks += vector_canaries();
+            if (call_monitor(CALL_SECURE_CALL, SVC_ECHO, 1, 2, r) != ABI_BUSY)
+                say("set-up failed: two visits at once\n");
+            timer(frequency / 2000);
+            status = call_monitor(CALL_RESUME, 0, 0, 0, r);
+        }
+        if (status != ABI_OK || r[1] != expected) {
+            out->seen = status != ABI_OK ? "a wrong status" : "a wrong sum";
+            out->value = status != ABI_OK ? (u64)status : r[1];
+        }
     }
     timer(0);
+    if (out->seen)
+        return true;
     out->value = stops;
     out->seen = leaks ? "the canary in a vector register" : stops == 0 ? "no interrupt came" : "interrupts, no secret";
-    if (status != ABI_OK || r[1] != expected) {
-        out->seen = status != ABI_OK ? "a wrong status" : "a wrong sum";
-        out->value = status != ABI_OK ? (u64)status : r[1];
-    }
-    return leaks || stops == 0 || status != ABI_OK || r[1] != expected;
+    return leaks || stops == 0;
 }
 
 const struct attack system_attacks[] = {

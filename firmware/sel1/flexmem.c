@@ -10,9 +10,7 @@ static u64 pages_of(const u64 *items, u64 count) {
 }
 
 static void given(struct flexmem *f, u64 count) {
-    u64 *const items = f->holding + f->held;
-    memcpy(items, flexmem_mailbox, count * sizeof(u64)); /* and nothing but our copy is used from here on */
-    flexmem_map(items, count);
+    f->blocks += (u32)flexmem_map(f->holding + f->held, flexmem_mailbox, count);
     f->held += (u32)count;
 }
 
@@ -21,29 +19,38 @@ static void split_last(struct flexmem *f) {
     u64 base = item_address(f->holding[--f->held]);
     for (u64 i = 0; i < BLOCK_PAGES; i++)
         f->holding[f->held++] = base + i * PAGE_SIZE;
+    f->blocks--;
 }
 
-/* Pages chosen from the end of the holdings: unmapped here, CLAIMED there. At most one mailbox full, and none before a
- * block of which only a part is to go. */
+/* How many items from the end of the holdings make at most so many pages, and how many pages. At most one mailbox full. */
+static u64 items_for(struct flexmem *f, u64 pages, u64 *taken) {
+    const u64 most = f->held < ABI_MAX_BATCH ? f->held : ABI_MAX_BATCH;
+    u64 count = 0;
+    *taken = 0;
+    if (f->blocks == 0)
+        return *taken = most < pages ? most : pages;
+    for (const u64 *item = f->holding + f->held; count < most && *taken < pages; count++) {
+        const u64 size = *--item & ABI_ITEM_BLOCK ? BLOCK_PAGES : 1;
+        if (size > pages - *taken)
+            break;
+        f->blocks -= size > 1;
+        *taken += size;
+    }
+    return count;
+}
+
+/* Pages chosen from the end of the holdings: unmapped here, CLAIMED there. None before a block of which only a part is to
+ * go. */
 static s64 choose(struct flexmem *f, u64 pages, u64 *chosen) {
-    u64 *const claims = f->claim + f->claimed, value, count = 0, taken = 0;
-    *chosen = 0;
+    u64 value;
     if (f->held > 0 && f->holding[f->held - 1] & ABI_ITEM_BLOCK && pages < BLOCK_PAGES)
         split_last(f);
-    for (const u64 *item = f->holding + f->held; count < f->held && count < ABI_MAX_BATCH && taken < pages; count++) {
-        const u64 size = *--item & ABI_ITEM_BLOCK ? BLOCK_PAGES : 1;
-        if (size > pages - taken)
-            break;
-        taken += size;
-    }
+    const u64 count = items_for(f, pages, chosen);
     if (count == 0)
         return ABI_OK;
     f->held -= (u32)count;
-    memcpy(claims, f->holding + f->held, count * sizeof(u64));
+    flexmem_unmap(f->claim + f->claimed, flexmem_mailbox, f->holding + f->held, count);
     f->claimed += (u32)count;
-    flexmem_unmap(claims, count);
-    memcpy(flexmem_mailbox, claims, count * sizeof(u64));
-    *chosen = taken;
     return monitor_call(SCALL_CLAIM, count, &value);
 }
 

@@ -8,6 +8,7 @@
 
 struct flexmem {
     u32 held, claimed; /* items in the two lists */
+    u32 blocks;        /* of those held */
     u64 holding[DRAM_PAGES];
     u64 claim[DRAM_PAGES]; /* oldest first */
 };
@@ -17,9 +18,10 @@ struct reply {
     u64 value[2];
 };
 
-/* What flexmem.c needs: mapping in its own tables, and calls to the monitor. */
-void flexmem_map(const u64 *items, u64 count);
-void flexmem_unmap(const u64 *items, u64 count); /* with one TLB invalidation for all */
+/* What flexmem.c needs: mapping in its own tables, with the copies that are needed anyway made in the same loop, and calls
+ * to the monitor. Each item is read once. */
+u64 flexmem_map(u64 *to, const u64 *items, u64 count); /* how many of them are blocks */
+void flexmem_unmap(u64 *to, u64 *also, const u64 *items, u64 count); /* with one TLB invalidation for all */
 void *memcpy(void *to, const void *from, size_t bytes);
 s64 monitor_call(u32 id, u64 arg, u64 *value);
 extern u64 *const flexmem_mailbox;

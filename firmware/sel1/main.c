@@ -37,26 +37,47 @@ static void build_map(void) {
     isb();
 }
 
-/* Entries of `flex`, which follow each other as the pages do. Valid entries get `bits`. */
-static inline void set_entries(const u64 *items, u64 count, bool valid) {
-    const u64 bits = DATA | S1_NORMAL_WORLD | S1_PAGE;
-    u64 *const entries = flex[0];
-    _Pragma("GCC unroll 4") for (u64 i = 0; i < count; i++) {
-        const u64 item = items[i], first = (item - DRAM_BASE) / PAGE_SIZE;
-        entries[first] = valid ? item | bits : 0; /* of a block this is bit 0, too */
-        if (__builtin_expect(item & ABI_ITEM_BLOCK, 0))
+/* Entries of `flex`, which follow each other as the pages do. A block's first entry is set like a page's: most lists have
+ * no blocks, and the loop over a list is short. Its other entries follow, and it is counted. */
+static u64 *const entries = flex[0];
+static u64 entry_of(u64 item) { return (item - DRAM_BASE) / PAGE_SIZE; }
+#define FLEX_BITS (DATA | S1_NORMAL_WORLD | S1_PAGE) /* with bit 0, as blocks' items have */
+
+static u64 rest_of_blocks(const u64 *items, u64 count, bool valid) {
+    u64 blocks = 0;
+    for (u64 i = 0; i < count; i++)
+        if (items[i] & ABI_ITEM_BLOCK) {
             for (u64 j = 1; j < BLOCK_PAGES; j++)
-                entries[first + j] = valid ? (item + j * PAGE_SIZE) | bits : 0;
+                entries[entry_of(items[i]) + j] = valid ? (items[i] + j * PAGE_SIZE) | FLEX_BITS : 0;
+            blocks++;
+        }
+    return blocks;
+}
+
+u64 flexmem_map(u64 *to, const u64 *items, u64 count) {
+    u64 any = 0, blocks = 0;
+    _Pragma("GCC unroll 4") for (u64 i = 0; i < count; i++) {
+        const u64 item = __atomic_load_n(&items[i], __ATOMIC_RELAXED);
+        to[i] = item;
+        entries[entry_of(item)] = item | FLEX_BITS;
+        any |= item;
     }
-}
-
-void flexmem_map(const u64 *items, u64 count) {
-    set_entries(items, count, true);
+    if (any & ABI_ITEM_BLOCK)
+        blocks = rest_of_blocks(to, count, true);
     __asm__ volatile("dsb ishst\n isb" : : : "memory");
+    return blocks;
 }
 
-void flexmem_unmap(const u64 *items, u64 count) {
-    set_entries(items, count, false);
+void flexmem_unmap(u64 *to, u64 *also, const u64 *items, u64 count) {
+    u64 any = 0;
+    _Pragma("GCC unroll 4") for (u64 i = 0; i < count; i++) {
+        const u64 item = items[i];
+        to[i] = also[i] = item;
+        entries[entry_of(item)] = 0;
+        any |= item;
+    }
+    if (any & ABI_ITEM_BLOCK)
+        rest_of_blocks(to, count, false);
     __asm__ volatile("dsb ishst\n tlbi vmalle1is\n dsb ish\n isb" : : : "memory");
 }
 

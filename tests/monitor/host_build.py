@@ -13,7 +13,7 @@ import pytest
 FIRMWARE = Path(__file__).parents[2] / "firmware"
 PAGES = 1024  # two blocks
 FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all"]
-MONITOR = ("el2/pages.c", "el2/stage2.c", "host/machine.c")
+MONITOR = ("el2/pages.c", "el2/stage2.c", "host/machine.c", "host/invariants.c")
 CALLS = (*MONITOR, "el2/calls.c", "el2/session.c", "sel1/flexmem.c", "host/library.c")
 
 

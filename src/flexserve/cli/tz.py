@@ -89,7 +89,11 @@ def shell() -> None:
     """
     from ..worlds.trustzone import linux
 
-    sys.exit(linux.shell(linux.find()))
+    debian = linux.find()
+    click.echo(
+        "booting Linux under the firmware: `exit` ends the machine, `manager` manages Flex-Mem", err=True
+    )
+    sys.exit(linux.shell(debian))
 
 
 @command.command("doctor")

@@ -7,8 +7,11 @@ what the script does.
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,21 +41,28 @@ class Debian:
 
     kernel: Path
     busybox: Path
+    module: Path  # any that needs no other: an attack puts its own code into a copy
 
 
 def find() -> Debian:
     """What `fetch` got. Raises `NotFound`."""
     kernels = sorted(STORE.glob("boot/vmlinuz-*-arm64"))
     busybox = STORE / "bin" / "busybox"
-    if not kernels or not busybox.exists():
+    modules = sorted(STORE.glob("lib/modules/*-arm64/kernel/drivers/net/dummy.ko"))
+    if not kernels or not modules or not busybox.exists():
         raise NotFound(
             "Debian's arm64 kernel is not here", hint="`make tz-linux` gets it (60 MB, Debian host)"
         )
-    return Debian(kernels[-1], busybox)
+    return Debian(kernels[-1], busybox, modules[-1])
 
 
 def fetch() -> Debian:
-    """Get the packages of the host's own Debian release. Raises `NotFound` without apt, `EngineFailure` if it fails."""
+    """Get the packages of the host's own Debian release, unless they are here.
+
+    Raises `NotFound` without apt, `EngineFailure` if it fails.
+    """
+    with suppress(NotFound):
+        return find()
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         raise NotFound(
             "there is no apt-get here", hint=f"put {' and '.join(PACKAGES)} for arm64 into {STORE}"
@@ -109,7 +119,13 @@ def boot(debian: Debian, script: str = "") -> Machine:
 
 def shell(debian: Debian) -> int:
     """Linux's root shell on the caller's terminal, until `exit`. Raises what `firmware.build` raises."""
-    return interact(*_images(debian, "/bin/busybox setsid /bin/busybox cttyhack /bin/busybox sh -i"))
+    size = shutil.get_terminal_size()  # a serial line does not tell
+    script = (
+        f"/bin/busybox stty -F /dev/ttyAMA0 rows {size.lines} cols {size.columns}\n"
+        f"export HOME=/tmp TERM={shlex.quote(os.environ.get('TERM', 'vt100'))}\ncd /tmp\n"
+        "/bin/busybox setsid /bin/busybox cttyhack /bin/busybox sh -i\n"
+    )
+    return interact(*_images(debian, script))
 
 
 def _images(debian: Debian, script: str) -> tuple[bytes, dict[int, bytes]]:
@@ -123,6 +139,8 @@ def _images(debian: Debian, script: str) -> tuple[bytes, dict[int, bytes]]:
             "bin/manager": (0o100755, (built.directory / "manager").read_bytes()),
             "dev": (0o040755, b""),
             "init": (0o100755, init.encode()),
+            "lib": (0o040755, b""),
+            "lib/victim.ko": (0o100644, debian.module.read_bytes()),
         }
     )
     tree = machine_tree(range(FILES, FILES + len(files)), ARGUMENTS)
