@@ -54,6 +54,23 @@ def resident(made: Executor) -> dict[str, int]:
     return {n: i.resident // MIB for n, i in made.images.items()}
 
 
+# Models that go
+
+
+def test_a_model_that_is_being_closed_is_handed_over_no_more() -> None:
+    made = world(replace(SETTINGS, lazy=True), models="a")
+    made.ask("r1", Answer("a", "a/r1", 100))
+    made.drain()
+    made.finish("r1", keep=False)
+    made.drain()
+    made.post(ev.ModelRemoved("a"))
+    made.now += SETTINGS.lazy_after_s + 1
+    made.post(ev.Tick())  # before it is closed
+    assert list(made.queues) == ["arena a"]
+    made.drain()
+    assert made.images == {}
+
+
 # Recall
 
 
