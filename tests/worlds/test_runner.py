@@ -38,6 +38,7 @@ def a_model() -> SecureModel:
         parts=(Part(0, 4, 1 << 20, 4 << 20),),
         kv_bytes_per_token=1,
         context_tokens=1,
+        adapter_bytes=0,
         info=SimpleNamespace(name="one"),
         sessions=None,
         loader=loader,
