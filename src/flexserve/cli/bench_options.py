@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .common import print_json, progress_bar
+from .common import print_json, progress_bar, sigterm_interrupts
 from .display import note
 
 Options = TypeVar("Options")
@@ -22,7 +22,7 @@ def measure(
     run: Run[Options], options: Options, show: Callable[[dict[str, Any]], str], *, as_json: bool
 ) -> dict[str, Any]:
     """Run a bench, with what it does on stderr, and print one JSON object or what `show` makes of it."""
-    with progress_bar("model") as progress:
+    with sigterm_interrupts(), progress_bar("model") as progress:
         result = run(options, note, progress)
     if as_json:
         print_json(result)
