@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flexserve.bench import background, decisions, lazy, memory_bench, recalls
+from flexserve.bench import background, decisions, lazy, memory, memory_bench, recalls
 from flexserve.bench.hog import STEP_BYTES, Hog
 from flexserve.bench.memory_bench import PARTS, MemoryOptions, headline, recall_row
 from flexserve.bench.recalls import RecallTimes
@@ -25,6 +25,9 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MemoryOptions:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(lazy, "ARENA_BYTES", 4 << 20)
     monkeypatch.setattr(decisions, "SEGMENTS", (400,))
+    monkeypatch.setattr(memory, "SETTLE_S", 0.0)
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 4 << 20)
+    monkeypatch.setattr(memory_bench, "REFILL_SPARE_BYTES", 0)
     monkeypatch.setattr(recalls, "SIZES", {"128 MiB": 1 << 20, "1 GiB": 1 << 40, "all": 1 << 60})
     return MemoryOptions(
         "tiny-llama", prompt_tokens=8, session_tokens=64, rounds=1, directory=tmp_path, threads=1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import EngineFailure
 from . import machine
+from .memory import FreeMemory
 from .sides import Sample, SealedWorld
 
 WARM_TRIES = 4
@@ -47,17 +48,26 @@ def start(world: SealedWorld, token_ids: list[int], fraction: float, *, in_page_
     return CachedStart(fraction, resident, world.ask(token_ids))
 
 
-def refill_bytes_per_s(world: SealedWorld, token_ids: list[int]) -> float:
-    """Of one core: bytes brought in from the page cache, by the processor time of whoever does not compute.
+@dataclass(frozen=True)
+class Refill:
+    """Everything brought in again from the page cache."""
 
-    `token_ids`: one token, so that there is little to compute and everything to load.
-    """
+    bytes_per_s: float  # of one core: by the processor time of whoever does not compute
+    first_touch_s_per_gb: float  # of the free memory that it went to
+
+
+def refill(world: SealedWorld, token_ids: list[int], free: FreeMemory) -> Refill:
+    """`token_ids`: one token, so that there is little to compute and everything to load. `free`: what brings free
+    memory into a known state: a first touch of memory that the host has taken costs more than all the rest."""
     for path in world.files:
         _warm(path)
     world.empty()
+    free.prepare()
+    condition = free.release()
     sample = world.ask(token_ids)
     assert sample.compute_s is not None
-    return sample.read_bytes / max(sample.cpu_s - sample.compute_s, 1e-9)
+    rate = sample.read_bytes / max(sample.cpu_s - sample.compute_s, 1e-9)
+    return Refill(rate, condition.first_touch_s_per_gb)
 
 
 def _warm(path: Path) -> None:
