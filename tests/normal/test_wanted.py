@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flexserve.core import Finished, Request, Sampling
 from flexserve.normal.manager import MemoryManager
-from flexserve.normal.policy import MIB, Offer, Settings, Why
+from flexserve.normal.policy import MIB, Action, Offer, Settings, Why
 from flexserve.normal.pressure import Memory, Woken
 from flexserve.worlds.linux import LinuxWorld
 
@@ -82,7 +82,7 @@ def test_the_manager_gives_a_stopped_answer_what_it_asks_for_and_it_ends_as_if_u
         eventually(lambda: wanted(world))
         with ThreadPoolExecutor(1) as reader:
             rest = reader.submit(lambda: list(answer))
-            actions = []
+            actions: list[Action] = []
             while not rest.done() and len(actions) < 2:  # to go on, and then for all of the model
                 now_s += SETTINGS.wanted_calm_s
                 action = manager.look(Woken())
