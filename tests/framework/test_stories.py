@@ -54,6 +54,25 @@ def resident(made: Executor) -> dict[str, int]:
     return {n: i.resident // MIB for n, i in made.images.items()}
 
 
+# Two at a time
+
+
+def test_kv_that_another_request_is_changing_is_not_read() -> None:
+    made = world(replace(SETTINGS, compute_slots=2), models="a")
+    made.ask("r1", Answer("a", "a/one", 100))
+    made.drain()
+    made.ask("r2", Answer("a", "a/two", 120, source="a/one", matched=100))
+    made.drain()
+    assert made.answers["r2"].state == "computing"
+    made.finish("r1", keep=False)
+    made.drain()
+    made.finish("r2")
+    made.drain()
+    made.check()
+    (started,) = [d.effect for d in effects(made, ef.ComputePrompt) if d.effect.request == "r2"]
+    assert (started.source, started.reuse_tokens) == (None, 0)
+
+
 # Models that go
 
 

@@ -6,6 +6,8 @@ one may wait, says schedule.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from . import expecting, schedule
 from .effects import (
     AskOffer,
@@ -145,7 +147,11 @@ def prepare(records: Records, request: RequestRecord) -> None:
     model = records.models[request.model]
     own = records.session(request.session, request.model)
     source = records.sessions.get(request.source) if request.source is not None else None
-    if source is not None and (source.model != request.model or source.state == SessionState.FREEING):
+    if source is not None and (
+        source.model != request.model
+        or source.state == SessionState.FREEING
+        or source.owner not in (None, request.name)  # another request is changing it
+    ):
         source = None
     kv_tokens = _rounded(records, model, request.prompt_tokens)
     size = records.kv_bytes(model, kv_tokens)
@@ -210,10 +216,16 @@ def _least(records: Records, model: ModelRecord, nbytes: int) -> int:
 
 def _fits(records: Records, model: ModelRecord, nbytes: int) -> bool:
     """Whether the budget can hold that much more KV in use. If not, memory is asked for."""
-    least = _least(records, model, nbytes)
+    widest = max((records.window(records.models[r.model]) for r in _running(records)), default=0)
+    least = _least(records, model, nbytes) + max(widest - records.window(model), 0)
     if least > records.budget:
         ask(records, least - records.budget)
     return least <= records.budget
+
+
+def _running(records: Records) -> Iterator[RequestRecord]:
+    """Whoever computes keeps the room for its model's window too."""
+    return (r for r in records.active.values() if r.state == RequestState.RUNNING)
 
 
 def needed_sessions(records: Records, request: RequestRecord | None = None) -> Keep:
