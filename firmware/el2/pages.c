@@ -19,12 +19,14 @@ static const u8 from_entry[] = {ENTRY_UNPROTECTED, ENTRY_FLEX, ENTRY_CLAIMED, EN
 static const u8 to_entry[] = {ENTRY_DONATING, ENTRY_CLAIMED, ENTRY_SCRUBBING, ENTRY_UNPROTECTED};
 
 static u64 page_of(u64 item) { return ((item & ~(u64)ABI_ITEM_BLOCK) - DRAM_BASE) / PAGE_SIZE; }
-/* The page's number when the item is a managed page and nothing else; otherwise no number of a page: bits below a page's
- * size come to lie above all of them. One comparison in the loops over long lists. */
-static u64 plain_page(u64 item) {
-    u64 offset = item - DRAM_BASE;
-    return offset >> ABI_PAGE_SHIFT | offset << (64 - ABI_PAGE_SHIFT);
+/* The slot of a page, in range whatever the item is. `not_plain` is 0 when the item is a page of that slot: bits below a
+ * page's size come to lie above all of it. A slot without a page is in no state that an operation starts from. */
+static u64 slot_of(u64 item) { return item / PAGE_SIZE % PAGE_SLOTS; }
+static u64 not_plain(u64 item) {
+    const u64 offset = item - DRAM_BASE;
+    return (offset >> ABI_PAGE_SHIFT | offset << (64 - ABI_PAGE_SHIFT)) ^ slot_of(item);
 }
+_Static_assert(DRAM_BASE / PAGE_SIZE % PAGE_SLOTS == 0, "slot_of");
 static u64 block_of(u64 item) { return page_of(item) / BLOCK_PAGES; }
 static bool is_block(u64 item) { return item & ABI_ITEM_BLOCK; }
 static u64 pages_in(u64 item) { return is_block(item) ? BLOCK_PAGES : 1; }
@@ -104,19 +106,19 @@ static s64 check_list(struct monitor *m, struct page_op *op) {
 
 /* Single pages in the state they should be in, from the list's start: how many there are. Most lists are nothing else. */
 static inline __attribute__((always_inline)) u64 move_plain(struct monitor *m, const u64 *items, u64 count, u32 kind) {
-    const u8 from = from_entry[kind], to = to_entry[kind];
+    const u64 from = from_entry[kind];
     u8 *entry = m->entry;
     u16 *guarded = m->guarded;
     u64 i;
     IN_REGISTER(entry);
     IN_REGISTER(guarded);
-    for (i = 0; i < count; i++) {
-        const u64 page = plain_page(items[i]);
-        if (__builtin_expect(page >= DRAM_PAGES || __atomic_load_n(&entry[page], __ATOMIC_RELAXED) != from, 0))
+    _Pragma("GCC unroll 4") for (i = 0; i < count; i++) {
+        const u64 item = items[i], slot = slot_of(item), now = __atomic_load_n(&entry[slot], __ATOMIC_RELAXED);
+        if (__builtin_expect(not_plain(item) | (now ^ from), 0))
             break;
-        __atomic_store_n(&entry[page], to, __ATOMIC_RELAXED);
+        __atomic_store_n(&entry[slot], to_entry[kind], __ATOMIC_RELAXED);
         if (guard(kind))
-            guarded[page / BLOCK_PAGES] += (u16)guard(kind);
+            guarded[slot / BLOCK_PAGES] += (u16)guard(kind);
     }
     return i;
 }
@@ -252,33 +254,31 @@ static void do_plain(struct monitor *m, struct page_op *op, u32 phase, const u64
     IN_REGISTER(entry);
     IN_REGISTER(table);
 #define EACH for (u64 i = 0; i < count; i++)
-#define PAGE(i) ((items[i] - DRAM_BASE) / PAGE_SIZE)
     switch (phase) {
     case BREAK:
         split_blocks(m, items, count, false);
-        _Pragma("GCC unroll 4") EACH table[PAGE(i)] = 0;
+        _Pragma("GCC unroll 4") EACH table[slot_of(items[i])] = 0;
         break;
     case MAKE:
         if (m->broken)
             split_blocks(m, items, count, true);
-        _Pragma("GCC unroll 4") EACH __atomic_store_n(&entry[PAGE(i)], ENTRY_FLEX, __ATOMIC_RELAXED);
+        _Pragma("GCC unroll 4") EACH __atomic_store_n(&entry[slot_of(items[i])], ENTRY_FLEX, __ATOMIC_RELAXED);
         break;
     case MAP:
-        EACH stage2_map_page(m, PAGE(i));
+        EACH stage2_map_page(m, slot_of(items[i]));
         break;
     case MERGE:
-        EACH op->merges |= stage2_merge(m, PAGE(i) / BLOCK_PAGES);
+        EACH op->merges |= stage2_merge(m, slot_of(items[i]) / BLOCK_PAGES);
         break;
     case ZERO:
         EACH machine_zero_page(items[i]);
         __atomic_thread_fence(__ATOMIC_RELEASE);
-        EACH set(m, PAGE(i), ENTRY_SCRUBBED);
+        EACH set(m, slot_of(items[i]), ENTRY_SCRUBBED);
         break;
     default:
         EACH do_item(m, op, phase, items[i]);
     }
 #undef EACH
-#undef PAGE
 }
 
 static void do_items(struct monitor *m, struct page_op *op, u64 end) {
@@ -350,6 +350,7 @@ void op_run(struct monitor *m, struct page_op *op) {
 
 void pages_init(struct monitor *m) {
     memset(m, 0, offsetof(struct monitor, stage2.pages));
+    memset(m->entry + DRAM_PAGES, ENTRY_DMA, PAGE_SLOTS - DRAM_PAGES);
     stage2_init(&m->stage2);
     for (u64 page = (DMA_BASE - DRAM_BASE) / PAGE_SIZE; page < (DMA_BASE + DMA_SIZE - DRAM_BASE) / PAGE_SIZE; page++)
         if (page < DRAM_PAGES && DEFENCE(D_DMA)) /* tests have less memory */

@@ -12,7 +12,7 @@
 #include "memlayout.h"
 #include "types.h"
 
-/* ENTRY_DMA: UNPROTECTED for ever, since devices reach it. */
+/* ENTRY_DMA: UNPROTECTED for ever, since devices reach it. Slots without a page have it, too. */
 enum page_entry { ENTRY_UNPROTECTED, ENTRY_DONATING, ENTRY_FLEX, ENTRY_CLAIMED, ENTRY_SCRUBBING, ENTRY_SCRUBBED, ENTRY_DMA };
 
 /* How stage 2 shows a block of DRAM. */
@@ -41,10 +41,10 @@ struct monitor {
     u64 wanted;
     u64 flex, claimed, flushes;
     u64 broken;               /* blocks that are FORM_BROKEN */
-    u16 guarded[DRAM_BLOCKS]; /* pages of the block that are not UNPROTECTED */
+    u16 guarded[PAGE_SLOTS / BLOCK_PAGES]; /* pages of the block that are not UNPROTECTED */
     u8 form[DRAM_BLOCKS];     /* near the start, like `guarded`: one instruction less for each page */
     u8 filled[DRAM_BLOCKS];   /* the block's table has been written: the first split does that */
-    u8 entry[DRAM_PAGES];
+    u8 entry[PAGE_SLOTS];
     struct stage2 stage2; /* last, and in it the tables: pages_init leaves those as they are */
 };
 

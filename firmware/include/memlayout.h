@@ -33,8 +33,12 @@
 #define PCI_BASE 0x10000000ul  /* windows of PCI devices, and from ECAM_BASE on their configuration; up to DRAM */
 #define ECAM_BASE 0x3f000000ul
 
+/* Arrays over pages have a power of two of slots, so that no number leaves them. Tests have less memory. */
 #ifndef DRAM_PAGES
 #define DRAM_PAGES (EL2_OFFSET / PAGE_SIZE)
+#define PAGE_SLOTS (1ul << 18)
+#else
+#define PAGE_SLOTS DRAM_PAGES
 #endif
 #ifndef DRAM_BASE
 #define DRAM_BASE 0x40000000ul

@@ -81,18 +81,9 @@ static bool debug_break(struct outcome *out, bool twin) {
 }
 
 /* How much of a long visit to the secure world a counter of cycles sees, in percent. Counting is allowed on every level. */
-static bool count_secure(struct outcome *out, bool twin) {
+static u64 counted_percent(void) {
     u64 r[4];
-    (void)twin;
-    give(VICTIM, BLOCK_PAGES);
-    write_reg(pmcntenclr_el0, ~0u);
-    write_reg(pmevtyper0_el0, 0x11ul | 1ul << 27); /* cycles, EL2 included */
     write_reg(pmevcntr0_el0, 0);
-    write_reg(pmccfiltr_el0, 1ul << 27);
-    write_reg(pmccntr_el0, 0);
-    write_reg(pmcr_el0, 1 | 1ul << 6);
-    write_reg(pmcntenset_el0, 1ul << 31 | 1);
-    isb();
     u64 start = read_reg(cntpct_el0);
     while (read_reg(cntpct_el0) - start < read_reg(cntfrq_el0) / 500)
         ;
@@ -100,11 +91,31 @@ static bool count_secure(struct outcome *out, bool twin) {
     start = read_reg(cntpct_el0);
     service(SVC_SPIN, 2, 0, r); /* short: the counter has 32 bits */
     u64 long_ticks = read_reg(cntpct_el0) - start, theirs = (read_reg(pmevcntr0_el0) - ours) & 0xffffffff;
+    return ours ? theirs * ticks * 100 / long_ticks / ours : ~0ul;
+}
+
+/* Most of several times: a host that stops the emulator for a while spoils one. */
+static bool count_secure(struct outcome *out, bool twin) {
+    u64 seen = 0, still = 0;
+    (void)twin;
+    give(VICTIM, BLOCK_PAGES);
+    write_reg(pmcntenclr_el0, ~0u);
+    write_reg(pmevtyper0_el0, 0x11ul | 1ul << 27); /* cycles, EL2 included */
+    write_reg(pmccfiltr_el0, 1ul << 27);
+    write_reg(pmccntr_el0, 0);
+    write_reg(pmcr_el0, 1 | 1ul << 6);
+    write_reg(pmcntenset_el0, 1ul << 31 | 1);
+    isb();
+    while (seen < 3 && still < 3) {
+        out->value = counted_percent();
+        if (out->value > 50)
+            seen++;
+        else
+            still++;
+    }
     write_reg(pmcr_el0, 0);
-    u64 percent = ours ? theirs * ticks * 100 / long_ticks / ours : 0;
-    out->seen = ours == 0 ? "the counter does not count" : percent > 50 ? "percent of its cycles" : "percent: it stands still";
-    out->value = percent;
-    return ours == 0 || percent > 50;
+    out->seen = out->value == ~0ul ? "the counter does not count" : seen == 3 ? "percent of its cycles" : "percent: it stands still";
+    return seen == 3;
 }
 
 /* Semihosting would let the kernel read and write the host's files. */
