@@ -16,6 +16,7 @@ from flexserve.errors import (
     FlexServeError,
     InvalidRequest,
     ModelNotFound,
+    NotFound,
     WorldCrashed,
 )
 from flexserve.worlds.base import Generation, ModelSource, World
@@ -451,3 +452,29 @@ def test_a_closed_world_refuses_every_call(
     ready.world.close()
     with pytest.raises(EngineFailure):
         call(ready.world, ready.source)
+
+
+def test_what_is_asked_in_a_row_is_known_and_can_be_forgotten(subject: Subject) -> None:
+    world, name = subject.world, subject.source.name
+    world.register(subject.source)
+    for client in (None, "planner"):
+        for _ in range(3):
+            finish(
+                world.generate(
+                    Request(id=f"test-{next(_ids)}", model=name, prompt="Hi.", max_tokens=2, client=client)
+                )
+            )
+    found = [w for w in world.workflows().workflows if (w.steps, w.next_model) == ((name,), name)]
+    assert [w.seen for w in found] == [2, 2]
+    assert len({w.client for w in found}) == 2
+    world.declare_workflow("planner", "trip", [name, name])
+    assert "trip" in {w.declared for w in world.workflows().workflows}
+    with pytest.raises(InvalidRequest, match="steps"):
+        world.declare_workflow(None, "trip", [name])
+    with pytest.raises(InvalidRequest, match="name"):
+        world.declare_workflow(None, "what I asked", [name, name])
+    with pytest.raises(NotFound):
+        world.forget_workflows(workflow="absent")
+    assert world.forget_workflows("planner") == 1
+    assert world.forget_workflows(anonymous=True) == 1
+    assert world.workflows().workflows == ()
