@@ -83,8 +83,8 @@ class Framework:
 
     def workflows(self) -> tuple[Totals, list[Entry]]:
         """What is known of workflows. Changes nothing."""
-        records = self._records
-        return replace(records.workflows.totals), records.workflows.entries(records.now, records.settings)
+        log = self._records.workflows
+        return replace(log.totals), log.entries(self._records.now, self.settings)
 
     @property
     def workflow_changes(self) -> int:
@@ -107,7 +107,7 @@ class Framework:
 
 def _settle(records: Records, event: ev.Event) -> None:
     reclaim.enforce(records)
-    _deadline(records)
+    reclaim.give_up_late(records)
     _close_models(records)
     expecting.expire(records)
     requests.advance(records)
@@ -118,16 +118,6 @@ def _settle(records: Records, event: ev.Event) -> None:
         expected = prefetch.is_under_way(records)
         background.work(records, only_refill=type(event) is ev.SegmentsChanged, refill=not expected)
     _finish_recalls(records)
-
-
-def _deadline(records: Records) -> None:
-    """Idle sessions that a recall waits for are given up when its time is over; those of a request never."""
-    if records.deadline is None or records.now < records.deadline:
-        return
-    records.deadline = None
-    for session in list(records.in_memory.values()):
-        if session.state == SessionState.SAVING and session.goes and session.owner is None:
-            reclaim.discard(records, session, Why.DEADLINE)
 
 
 def _finish_recalls(records: Records) -> None:
@@ -464,8 +454,7 @@ def _workflow_declared(records: Records, event: ev.WorkflowDeclared) -> None:
 
 
 def _workflows_forgotten(records: Records, event: ev.WorkflowsForgotten) -> None:
-    lines = records.workflows.forget(event.client, event.entry)
-    records.note(Why.FORGOTTEN, lines=lines)
+    records.note(Why.FORGOTTEN, lines=records.workflows.forget(event.client, event.entry))
 
 
 def _tick(records: Records, event: ev.Tick) -> None:

@@ -291,6 +291,16 @@ def enforce(records: Records) -> int:
     return later
 
 
+def give_up_late(records: Records) -> None:
+    """Idle sessions that a recall waits for are given up when its time is over; those of a request never."""
+    if records.deadline is None or records.now < records.deadline:
+        return
+    records.deadline = None
+    for session in list(records.in_memory.values()):
+        if session.state == SessionState.SAVING and session.goes and session.owner is None:
+            discard(records, session, Why.DEADLINE)
+
+
 def stop_loading(records: Records, model: ModelRecord, why: Why) -> None:
     if model.planned and not model.stopping and model.weights.bytes_in[SegmentState.LOADING]:
         model.stopping, model.planned = True, False
