@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexserve.errors import StorageFailure
+from flexserve.cli.tuning import tuned
+from flexserve.errors import EngineFailure, StorageFailure
 from flexserve.worlds.linux import calibration
 from flexserve.worlds.linux.calibration import Calibration, Rates, Tuning, choose
 from flexserve.worlds.linux.doctor import State, calibration_line
@@ -93,6 +94,34 @@ def test_doctor_says_what_a_server_would_choose(tmp_path: Path, monkeypatch: pyt
         State.OK,
         "2 threads compute and 3 load (storage 1.1 GB/s; one thread decrypts 9.9 GB/s and places 4.1 GB/s)",
     )
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_server_stores_what_it_measured_undisturbed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    def check() -> None:
+        if busy:
+            raise EngineFailure("other programs use the processors")
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "check_undisturbed", check)
+    monkeypatch.setattr(calibration, "measure", lambda _sample: here(USUAL))
+    assert tuned(None, None, None) == calibration.default()
+    chosen = tuned(None, 7, tmp_path / "any")
+    assert chosen == Tuning(calibration.default().threads if busy else 2, 7)
+    assert (calibration.stored() is None) == busy
+    assert tuned(5, 6, tmp_path / "any") == Tuning(5, 6)
+
+
+def test_a_process_that_gets_no_processor_time_does_not_count_as_undisturbed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibration, "UNDISTURBED", 2.0)
+    with pytest.raises(EngineFailure, match="other programs use"):
+        calibration.check_undisturbed()
+    monkeypatch.setattr(calibration, "UNDISTURBED", 0.0)
+    calibration.check_undisturbed()
 
 
 def test_every_rate_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

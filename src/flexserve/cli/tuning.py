@@ -22,6 +22,7 @@ def tuned(threads: int | None, load_workers: int | None, sample: Path | None) ->
     found = calibration.stored()
     if found is None and sample is not None:
         try:
+            calibration.check_undisturbed()
             found = calibration.measure(sample)
             calibration.store(found)
             note(f"calibrated: {calibration.describe(found.rates)}")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from ...core import ROW_UNIT_SIZE
-from ...errors import FlexServeError, StorageFailure
+from ...errors import EngineFailure, FlexServeError, StorageFailure
 from ...flexmem import uffd
 from ...flexmem.loader import WORKERS
 from ...flexmem.uffd import UffdDeniedError, Userfaultfd
@@ -30,6 +31,7 @@ PLACE_BYTES = 64 << 20
 BLOCK_BYTES = uffd.HUGE_PAGE  # what a worker reads, decrypts and places at a time
 FEWEST_WORKERS, MOST_WORKERS = 2, 8
 ENOUGH = 0.95  # of the best rate: more threads for the rest are not worth what they take from compute
+UNDISTURBED = 0.8  # of the processors, for this process
 MAX_FILE_BYTES = 1 << 16
 
 
@@ -93,6 +95,18 @@ def _fewest(by_count: dict[int, float]) -> int:
 def default() -> Tuning:
     """Without a calibration."""
     return Tuning(len(os.sched_getaffinity(0)), WORKERS)
+
+
+def check_undisturbed() -> None:
+    """What is measured beside other programs would be wrong for every later start. Raises `EngineFailure`."""
+    count = len(os.sched_getaffinity(0))
+    wall, used = time.perf_counter(), time.process_time()
+    rates.decrypt_bytes_per_s(DECRYPT_S, unit=ROW_UNIT_SIZE, threads=count)
+    share = (time.process_time() - used) / (time.perf_counter() - wall) / count
+    if share < UNDISTURBED:
+        raise EngineFailure(
+            f"other programs use {100 * (1 - share):.0f} % of the processors; the next start tries again"
+        )
 
 
 def measure(sealed: Path) -> Calibration:
