@@ -45,7 +45,7 @@ def sets(task: Task) -> dict[str, Sequence[Case]]:
     return found
 
 
-def answers(model: Path, threads: int = 2) -> Callable[[str], str]:
+def answers(model: Path, threads: int = 1) -> Callable[[str], str]:
     """A function from what is said to the model's greedy answer."""
     import llama_cpp
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("task", nargs="?", choices=list(TASKS), default="assistant")
     parser.add_argument("--model", type=Path, help="another file than the committed one")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more make so small a model no faster")
     parser.add_argument("--quiet", action="store_true", help="figures only, no misses")
     parser.add_argument("--write", action="store_true", help="write training/evaluation-TASK.json")
     args = parser.parse_args(argv)

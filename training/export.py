@@ -110,7 +110,7 @@ def check_tokens(path: Path, bpe: Tokenizer, lines: Sequence[str]) -> None:
 
 
 def check_logits(path: Path, model: Llama, prompts: Sequence[Sequence[int]]) -> float:
-    """The largest difference between PyTorch's and llama.cpp's next-token probabilities.
+    """The largest difference between PyTorch's and llama.cpp's probabilities of what comes after a prompt.
 
     Raises ValueError above 0.1: Q8_0 moves them by far less, a wrong rotation or matrix by far more.
     """

@@ -9,7 +9,7 @@ from functools import cache
 from random import Random
 
 from .text import sections
-from .words import SPLIT
+from .words import SPLIT, is_held_out
 
 HELD_OUT_SHARE = 0.12
 
@@ -40,6 +40,17 @@ def spellings(template: str) -> list[str]:
         return [template]
     before, after = template[: found.start()], template[found.end() :]
     return [full for choice in found[1].split("|") for full in spellings(before + choice + after)]
+
+
+@cache
+def wordings(folder: str, section: str, held_out: bool) -> tuple[tuple[str, ...], ...]:
+    """Of every line, its wordings on one side of a split by wordings: for tasks with too few lines to hold out whole
+    ones. Lines that have none on that side are left out."""
+    found = (
+        tuple(say for say in spellings(line) if is_held_out(normalise(say)) == held_out)
+        for line in sections(folder)[section]
+    )
+    return tuple(line for line in found if line)
 
 
 def fill(template: str, slot: Callable[[str], str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from .forms import choose, fill, normalise, templates, trained
+from .forms import fill, wordings
 from .phrases import WEEKDAYS
 from .task import Sample, Task
 from .words import Words
@@ -59,11 +59,8 @@ class Texts:
 
     def _sentence(self) -> tuple[str, str]:
         rng = self.rng
-        while True:
-            section = "private" if rng.random() < 0.75 else "plain"
-            template = choose(rng, rng.choice(templates("guard", section, self.held_out)))
-            if not (self.held_out and normalise(template) in trained("guard", section)):
-                break
+        section = "private" if rng.random() < 0.75 else "plain"
+        template = rng.choice(rng.choice(wordings("guard", section, self.held_out)))
         said: list[str] = []
 
         def say(slot: str) -> str:
@@ -145,5 +142,5 @@ TASK = Task(
     held_out_count=500,
     fixed=tuple(sorted(set(PLACEHOLDERS.values()))),
     sizes={"width": 192, "layers": 4, "heads": 6, "kv_heads": 3, "ff": 512},
-    steps=1200,
+    steps=800,
 )

@@ -68,5 +68,5 @@ TASK = Task(
     held_out_count=500,
     spaced=384,
     sizes={"width": 160, "layers": 3, "heads": 5, "kv_heads": 5, "ff": 320},
-    steps=600,
+    steps=300,
 )

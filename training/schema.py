@@ -26,17 +26,19 @@ TOOLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "send_message": (("to", "text"), ()),
     "none": ((), ()),
 }
+OPENING = '\n{"tool":"'
 NUMBERS = frozenset({"minutes", "in_minutes", "brightness"})
 # Copied from the sentence letter by letter, so they follow its case and its apostrophes.
 SPANS = frozenset({"text", "to", "room", "app"})
 
 
 def fixed_pieces() -> list[str]:
-    """Everything of a call but its values, in the pieces between them: `{"tool":"set_alarm","time":"`, `","day":"`."""
-    pieces = {'"}'}
+    """All of an answer's last line but the values: `{"tool":"` with the line end before it, `set_alarm","time":"`,
+    `","day":"` and so on. None is longer than 32 bytes, because there are programs that have room for no more.
+    """
+    pieces = {OPENING, '"}'}
     for tool, (needed, optional) in TOOLS.items():
-        opening = f'{{"tool":"{tool}"'
-        pieces.add(opening + ("," + _key(needed[0]) if needed else "}"))
+        pieces.add(f'{tool}",{_key(needed[0])}' if needed else f'{tool}"}}')
         pieces |= {'",' + _key(key) for key in (*needed[1:], *optional)}
     return sorted(pieces)
 

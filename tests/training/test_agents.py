@@ -6,7 +6,7 @@ import re
 from itertools import islice
 
 import pytest
-from training.forms import templates
+from training.forms import normalise, spellings, templates, wordings
 from training.guard import PLACEHOLDERS
 from training.rewriter import POLITE
 from training.tasks import TASKS
@@ -36,14 +36,22 @@ def test_no_sentence_of_the_held_out_side_is_a_training_sentence(name: str) -> N
     assert not kept & trained
 
 
-@pytest.mark.parametrize("folder", AGENTS)
-def test_every_section_of_an_agents_templates_is_split(folder: str) -> None:
-    for section, lines in sections(folder).items():
-        if section in SHARED:
-            continue
-        kept, trained = templates(folder, section, True), templates(folder, section, False)
+def test_whole_lines_of_the_routers_templates_are_held_out() -> None:
+    for section, lines in sections("router").items():
+        kept, trained = templates("router", section, True), templates("router", section, False)
         assert kept and trained and not set(kept) & set(trained)
         assert set(kept) | set(trained) == set(lines)
+
+
+@pytest.mark.parametrize("folder", ["rewriter", "guard"])
+def test_wordings_of_every_section_of_the_others_are_held_out(folder: str) -> None:
+    for section in set(sections(folder)) - SHARED:
+        kept, trained = (
+            {normalise(say) for line in wordings(folder, section, side) for say in line}
+            for side in (True, False)
+        )
+        assert kept and trained and not kept & trained
+        assert kept | trained == {normalise(s) for line in sections(folder)[section] for s in spellings(line)}
 
 
 def test_the_router_is_shown_every_agent_equally_often() -> None:

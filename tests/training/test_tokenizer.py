@@ -38,9 +38,10 @@ def test_a_word_is_cut_the_same_way_after_a_space_after_a_quote_and_at_the_start
     twins = spaced(BPE)
     assert joined == [twins[bare[0]], *bare[1:]]
     assert BPE.decode([twins[bare[0]]]) == " " + BPE.decode(bare[:1])
-    quoted = BPE.encode('{"tool":"set_lights","room":"conservatory","state":"on"}').tokens
-    assert quoted == [
-        '{"tool":"set_lights","room":"',
+    quoted = BPE.encode('Lights on.\n{"tool":"set_lights","room":"conservatory","state":"on"}').tokens
+    assert quoted[-6 - len(bare) + 1 :] == [
+        '\n{"tool":"',
+        'set_lights","room":"',
         *BPE.encode("conservatory").tokens,
         '","state":"',
         "on",
