@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run demo setup test test-slow lint docs train bench clean
+.PHONY: run demo demo-agents setup test test-slow lint docs train bench clean
 
 run: setup
 	@$(BIN)/python tools/run_demo.py
 
 demo: setup
 	@$(BIN)/python tools/run_demo.py --once --port 18080
+
+# Ten agent workflows with the four demo models.
+demo-agents: setup
+	@$(BIN)/flexserve demo agents
 
 setup: $(STAMP)
 
@@ -42,10 +46,11 @@ lint: setup
 bench: setup
 	@$(BIN)/flexserve bench cold-start
 
-# The demo model, from its generated text to its evaluation (about half an hour).
+# A demo model, from its generated text to its evaluation: `make train TASK=router`. The assistant takes half an hour.
+TASK ?= assistant
 train: setup
 	@$(BIN)/pip install -q --find-links .cache/wheels -e '.[train]'
-	@$(BIN)/python -m training.train
+	@$(BIN)/python -m training.train $(TASK)
 
 clean:
 	rm -rf $(VENV) run build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
