@@ -182,6 +182,8 @@ OURS int main(int argc, char **argv) {
             memcpy(corpus[kept].bytes, bytes, sizeof(bytes));
             corpus[kept++].size = size;
         }
+        if ((executed + 1) % 1000000 == 0) /* a long run tells how far it came */
+            fprintf(stderr, "%lu executions, %lu edges, %lu inputs kept\n", executed + 1, edges, kept);
     }
     printf("%lu executions, %lu edges, %lu inputs kept\n", executed, edges, kept);
     return 0;

@@ -23,7 +23,7 @@ KEEP_RESULTS_APART = ("-eva-split-return", "auto", "-eva-slevel", "20")
 def eva(*flags: str) -> str:
     """What Eva says about firmware/host/proof.c."""
     include = " ".join([f"-I{FIRMWARE / 'include'}", f"-I{FIRMWARE / 'el2'}", *flags])
-    command = ["frama-c", *OPTIONS, *KEEP_RESULTS_APART, "-main", "proof", "-machdep", "gcc_x86_64"]
+    command = ["frama-c", "-c11", *OPTIONS, *KEEP_RESULTS_APART, "-main", "proof", "-machdep", "gcc_x86_64"]
     command += [f"-cpp-extra-args={include}", str(FIRMWARE / "host" / "proof.c")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
