@@ -30,9 +30,9 @@ from ..errors import SessionRefused
 from ..sealed.session_file import MadeBy, SavedSession, Tokens, open_session, write
 
 MIN_REUSE_TOKENS = 16  # fewer are not worth another batch boundary
-MIN_BRANCH_TOKENS = (
-    128  # so many in common with another conversation: the next one shall find a boundary there
-)
+# So many in common with another conversation: the next one shall find a boundary there. Agents repeat system prompts of
+# 64 tokens and more.
+MIN_BRANCH_TOKENS = 48
 DEFAULT_LIMIT_BYTES = 512 << 20
 MAX_SESSIONS = 256  # each saved one keeps a descriptor open
 
