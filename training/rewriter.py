@@ -88,7 +88,7 @@ class Notes:
 
     def __next__(self) -> Sample:
         rng, note = self.rng, _Note(self.rng, self.words)
-        section = rng.choice(list(POLITE))
+        section = rng.choice([one for one in POLITE if wordings("rewriter", one, self.held_out)])
         template = rng.choice(rng.choice(wordings("rewriter", section, self.held_out)))
         say = fill(_ramble(rng, template), note.slot)
         greeting = "Hello,"

@@ -44,13 +44,13 @@ def test_whole_lines_of_the_routers_templates_are_held_out() -> None:
 
 
 @pytest.mark.parametrize("folder", ["rewriter", "guard"])
-def test_wordings_of_every_section_of_the_others_are_held_out(folder: str) -> None:
+def test_no_wording_of_the_others_is_on_both_sides(folder: str) -> None:
     for section in set(sections(folder)) - SHARED:
         kept, trained = (
             {normalise(say) for line in wordings(folder, section, side) for say in line}
             for side in (True, False)
         )
-        assert kept and trained and not kept & trained
+        assert trained and not kept & trained
         assert kept | trained == {normalise(s) for line in sections(folder)[section] for s in spellings(line)}
 
 
