@@ -12,7 +12,7 @@ import pytest
 from flexserve.bench.shapes import shape_named
 from flexserve.engine import threads
 from flexserve.engine.llama import Context, ContextOptions, Model
-from flexserve.flexmem.loader import PROCESSORS
+from flexserve.flexmem.processors import PROCESSORS
 
 from .secure_models import Opener, answer, request
 

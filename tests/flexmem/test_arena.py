@@ -191,7 +191,12 @@ def test_a_touched_segment_is_claimed_with_the_other_one_of_its_huge_page(
     arena.recall(body + i for i in absent)
     toucher = Toucher(arena.base + arena.span(body + touched).offset)
     spans: list[Span] = []
-    eventually(lambda: [spans.append(s) for a in faults.faults() if (s := arena.claim_fault(a - arena.base))])
+
+    def claimed_one() -> bool:
+        spans.extend(s for a in faults.faults() if (s := arena.claim_fault(a - arena.base)) is not None)
+        return bool(spans)
+
+    eventually(claimed_one)
     (span,) = spans
     assert (span.first - body, span.count) == claimed
     arena.place(span, image.address + span.offset)
