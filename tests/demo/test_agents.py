@@ -73,7 +73,15 @@ def test_the_table_names_every_workflow(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("flexserve.demo.agents.run", lambda *arguments: found)
     outcome = CliRunner().invoke(command, ["agents"])
     assert outcome.exit_code == 0, outcome.output
-    for text in ("Smart-Alarm", "200 ms", "100 ms", "50.0 ms", "2.0 MB", "2 of 3", "\ufffd"):
+    for text in (
+        "Smart-Alarm",
+        "200 ms",
+        "100 ms",
+        "50.0 ms",
+        "2.0 MB",
+        "of 3 predictions 2 came true",
+        "\ufffd",
+    ):
         assert text in outcome.output
     assert "\x1b" not in outcome.output
 
