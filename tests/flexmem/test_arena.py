@@ -14,6 +14,7 @@ from flexserve.errors import SegmentNotAuthentic
 from flexserve.flexmem import uffd
 from flexserve.flexmem.arena import Arena, SegmentState, Span
 from flexserve.flexmem.uffd import MADV_DONTNEED, Userfaultfd
+from flexserve.framework.order import Range
 
 from .helpers import Image, Toucher, eventually, holds, indices, place_all, regions, states, touch
 
@@ -176,11 +177,22 @@ def test_a_touched_segment_is_claimed_as_a_whole_and_once(
 
 
 @pytest.mark.parametrize(
-    ("touched", "absent", "claimed"),
-    [(0, (0, 1), (0, 2)), (1, (0, 1), (0, 2)), (1, (1,), (1, 1)), (2, (1, 2), (2, 1)), (4, (3, 4), (4, 1))],
+    ("touched", "absent", "planned", "claimed"),
+    [
+        (0, (0, 1), (0, 1), (0, 2)),
+        (1, (0, 1), (0, 1), (0, 2)),
+        (1, (0, 1), (1,), (1, 1)),
+        (1, (1,), (0, 1), (1, 1)),
+        (2, (1, 2), (1, 2), (2, 1)),
+        (4, (3, 4), (3, 4), (4, 1)),
+    ],
 )
-def test_a_touched_segment_is_claimed_with_the_other_one_of_its_huge_page(
-    faults: Userfaultfd, touched: int, absent: tuple[int, ...], claimed: tuple[int, int]
+def test_a_touched_segment_is_claimed_with_the_other_one_of_its_huge_page_if_that_is_planned(
+    faults: Userfaultfd,
+    touched: int,
+    absent: tuple[int, ...],
+    planned: tuple[int, ...],
+    claimed: tuple[int, int],
 ) -> None:
     """The last of five segments is half of a huge page by itself, and shorter."""
     mib = 1 << 20
@@ -193,7 +205,9 @@ def test_a_touched_segment_is_claimed_with_the_other_one_of_its_huge_page(
     spans: list[Span] = []
 
     def claimed_one() -> bool:
-        spans.extend(s for a in faults.faults() if (s := arena.claim_fault(a - arena.base)) is not None)
+        plan = [Range(body + i, 1) for i in planned]
+        found = (arena.claim_fault(a - arena.base, plan) for a in faults.faults())
+        spans.extend(span for span in found if span is not None)
         return bool(spans)
 
     eventually(claimed_one)

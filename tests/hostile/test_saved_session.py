@@ -230,7 +230,7 @@ def test_a_session_survives_a_restart_and_says_the_same(device: Device, sessions
         first = ask(world, PROMPT, 1)
         expected = ask(world, follow_up(first), 2)
         assert expected.timings.cached_prompt_tokens == 47
-    (file,) = sessions.iterdir()
+    (file,) = sessions.glob(f"*{SUFFIX}")
     assert file.stat().st_mode & 0o777 == 0o600
     with linux_world(device, session_dir=sessions) as world:
         world.register(source)
@@ -250,7 +250,7 @@ def test_damaged_swapped_and_strange_files_cost_a_recompute_only(device: Device,
         ask(world, tuple(range(100, 140)), 2)
         assert world.save_sessions() == 2
         assert world.save_sessions() == 0
-    one, two = sessions.iterdir()
+    one, two = sessions.glob(f"*{SUFFIX}")
     content = one.read_bytes(), two.read_bytes()
     (sessions / ("0" * 64 + SUFFIX)).write_bytes(b"FLEXSESS" + bytes(1000))
     (sessions / ("1" * 64 + SUFFIX)).symlink_to("/etc/passwd")
@@ -279,7 +279,7 @@ def test_an_old_save_is_a_shorter_prefix_and_gives_the_same_answer(device: Devic
         world.register(source)
         first = ask(world, PROMPT, 1)
         world.save_sessions()
-        (old,) = sessions.iterdir()
+        (old,) = sessions.glob(f"*{SUFFIX}")
         kept = old.read_bytes()
         expected = ask(world, follow_up(first), 2)
         world.save_sessions()

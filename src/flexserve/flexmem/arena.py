@@ -29,7 +29,7 @@ from itertools import groupby
 
 from ..core import PAGE_SIZE
 from ..errors import FlexServeError
-from ..framework.order import join
+from ..framework.order import Range, join
 from ..framework.tables import SegmentTrigger
 from ..sealed.format import Region
 from . import uffd
@@ -161,10 +161,10 @@ class Arena:
             self._mark(first, count, SegmentState.LOADING)
             return self.span(first, count)
 
-    def claim_fault(self, offset: int) -> Span | None:
+    def claim_fault(self, offset: int, planned: Sequence[Range] = ()) -> Span | None:
         """What to load because a thread waits at an image offset; None when nothing is to be done (any more).
 
-        The segment there, perhaps with the other one of the same huge page.
+        The segment there, with the other one of the same huge page if that is `planned` too.
         """
         page = offset & ~(PAGE_SIZE - 1)
         with self._lock:
@@ -181,13 +181,13 @@ class Arena:
                     self._wake(page, PAGE_SIZE)  # placed between the fault and now
                     return None
                 self._drop_lost(span)
-            first, count = self._absent_around(index)
+            first, count = self._absent_around(index, planned)
             self._mark(first, count, SegmentState.LOADING)
             return self.span(first, count)
 
-    def _absent_around(self, index: int) -> tuple[int, int]:
-        """An absent segment and, where two make one huge page, its neighbour if that is absent too: both are placed
-        faster than one. The first, and how many. Call with the lock held."""
+    def _absent_around(self, index: int, planned: Sequence[Range]) -> tuple[int, int]:
+        """An absent segment and, where two make one huge page, its neighbour if that is to be loaded anyway: both are
+        placed faster than one. The first, and how many. Call with the lock held."""
         span = self.span(index)
         if 2 * span.length != uffd.HUGE_PAGE:
             return index, 1
@@ -195,6 +195,8 @@ class Arena:
         if self.segment_at(span.offset + (other - index) * span.length) != other:
             return index, 1
         if self._state[other] != SegmentState.ABSENT or self.span(other).length != span.length:
+            return index, 1
+        if not any(other in range(r.first, r.first + r.count) for r in planned):
             return index, 1
         return min(index, other), 2
 

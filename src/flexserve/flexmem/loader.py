@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Protocol
 
 from ..errors import EngineFailure, FlexServeError
@@ -33,6 +34,7 @@ FAULT_TIMEOUT_S = 60.0  # storage that is silent for longer ends the request
 WATCH_PERIOD_S = 1.0
 REPORT_BYTES = 32 << 20  # of planned spans; those that compute waited for are told of at once
 REPORT_PERIOD_S = 0.02
+LOOK_AHEAD = 8  # ranges of a plan: what compute waits for is near its beginning
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,9 @@ class Loader:
             poll.poll()
             for address in self._faults.faults():
                 offset = address - self.arena.base
-                span = self.arena.claim_fault(offset)
+                with self._lock:
+                    ahead = [one for plan in self._plans for one in islice(plan, LOOK_AHEAD)]
+                span = self.arena.claim_fault(offset, ahead)
                 with self._lock:
                     self._times = replace(self._times, faults=self._times.faults + 1)
                     if span is not None:
