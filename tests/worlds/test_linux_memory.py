@@ -237,4 +237,5 @@ def test_without_a_storage_the_kv_of_an_open_answer_stays(kit: tuple[Device, Mod
         *_, last = answer
         assert isinstance(last, Finished)
         assert last.token_ids == undisturbed
-        assert last.timings.suspended_s == 0
+        # It may have stopped for want of a stream's window, with its KV in memory.
+        assert not {"SaveSession", "DropSession", "RestoreSession"} & effects(world)
