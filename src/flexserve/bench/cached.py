@@ -7,14 +7,11 @@ the prompt. Knows a running world that keeps no conversations; prints nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..errors import EngineFailure
 from . import machine
 from .memory import FreeMemory
 from .sides import Sample, SealedWorld
 
-WARM_TRIES = 4
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -36,7 +33,7 @@ def start(world: SealedWorld, token_ids: list[int], fraction: float, *, in_page_
     model = world.world.status().models[0]
     surplus = model.resident_bytes - round(fraction * model.info.weight_bytes)
     for path in world.files:
-        (_warm if in_page_cache else machine.evict)(path)
+        (machine.warm if in_page_cache else machine.evict)(path)
     if fraction == 0:
         world.empty()
     elif surplus > 0:
@@ -60,7 +57,7 @@ def refill(world: SealedWorld, token_ids: list[int], free: FreeMemory) -> Refill
     """`token_ids`: one token, so that there is little to compute and everything to load. `free`: what brings free
     memory into a known state: a first touch of memory that the host has taken costs more than all the rest."""
     for path in world.files:
-        _warm(path)
+        machine.warm(path)
     world.empty()
     free.prepare()
     condition = free.release()
@@ -68,14 +65,3 @@ def refill(world: SealedWorld, token_ids: list[int], free: FreeMemory) -> Refill
     assert sample.compute_s is not None
     rate = sample.read_bytes / max(sample.cpu_s - sample.compute_s, 1e-9)
     return Refill(rate, condition.first_touch_s_per_gb)
-
-
-def _warm(path: Path) -> None:
-    """As `machine.warm`, again where the kernel has just taken back more than it allows (proactive reclaim)."""
-    for _ in range(WARM_TRIES - 1):
-        try:
-            machine.warm(path)
-            return
-        except EngineFailure:
-            continue
-    machine.warm(path)
