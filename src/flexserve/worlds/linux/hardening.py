@@ -24,8 +24,8 @@ from .channel import Measures
 
 # A compute thread per core, each staying where it is: they wait for each other hundreds of times per token, and a
 # scheduler that puts two of them on one core (virtual machines that pack their processors) makes them 3 times slower.
-# A compute thread that waits for another one gives its processor to the loaders after about 0.3 ms: a page that is loaded takes
-# milliseconds, and a step of decoding tens of microseconds.
+# One that waits for another gives its processor to the loaders after about 0.3 ms: a page that is loaded takes
+# milliseconds, a step of decoding tens of microseconds.
 COMPUTE_THREADS = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "GOMP_SPINCOUNT": "20000"}
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
