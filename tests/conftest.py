@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from flexserve.worlds.base import ModelSource
 from .sealed_fixtures import SMALL, TINY, Kit, make_kit
 from .world_fixtures import Device, make_device
 
+# A shell starts what runs in the background with Ctrl-C ignored, and so would everything be that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["FLEXSERVE_CALIBRATE"] = "0"  # servers that tests start measure nothing, unless a test asks for it
 
 # An example takes as long as the machine lets it: where others compute, single ones take seconds.
