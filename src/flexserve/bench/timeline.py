@@ -196,6 +196,7 @@ def _serve(job: dict[str, Any]) -> None:
     with _Sampler(others) as sampler:
         start = time.perf_counter()
         ttft_s = model.answer(request, lambda _token: None, lambda: False, start).timings.ttft_s
+    model.loader.wait()  # a worker notes its span behind the moment in which compute goes on
     workers = sorted({span.worker for span in traced})
     spans = [
         SpanTimes(
