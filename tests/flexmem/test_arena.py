@@ -18,8 +18,6 @@ from flexserve.framework.order import Range
 
 from .helpers import Image, Toucher, eventually, holds, indices, place_all, regions, states, touch
 
-MADV_NOHUGEPAGE = 15
-
 
 def smaps(arena: Arena, field: str) -> int:
     """Bytes of one field of /proc/self/smaps in the mappings that make up the arena."""
@@ -49,7 +47,7 @@ def frees_page_tables() -> bool:
     """Whether this kernel frees page tables when it frees the last page behind them."""
     length = 64 << 20
     address = uffd.reserve(length)
-    uffd.advise(address, length, MADV_NOHUGEPAGE)
+    uffd.advise(address, length, uffd.MADV_NOHUGEPAGE)
     uffd.advise(address, length, uffd.MADV_POPULATE_WRITE)
     tables = page_tables()
     uffd.advise(address, length, MADV_DONTNEED)

@@ -35,7 +35,6 @@ QUIET_S = 5.0
 PASS_S = 2.5  # longest wait for a pass of the reporting: longer than from one to the next
 PASS_OVER_S = 0.1  # nothing was reported for so long
 IDLE_S = 45.0  # longest wait, and the only one where the kernel does not count what it reports
-MADV_NOHUGEPAGE = 15
 
 _REPORTED = Path("/sys/module/page_reporting/parameters/reported_kib")
 
@@ -101,7 +100,7 @@ class Block:
         self._length = length
         self._address = uffd.reserve(length, align=uffd.HUGE_PAGE)
         with contextlib.suppress(OSError):  # a kernel without huge pages
-            uffd.advise(self._address, length, uffd.MADV_HUGEPAGE if huge else MADV_NOHUGEPAGE)
+            uffd.advise(self._address, length, uffd.MADV_HUGEPAGE if huge else uffd.MADV_NOHUGEPAGE)
         start = time.perf_counter()
         try:
             uffd.advise(self._address, length, uffd.MADV_POPULATE_WRITE)

@@ -6,9 +6,13 @@ The only file that knows matplotlib, which is optional (`pip install 'flexserve[
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import StorageFailure, Usage
 from .timeline import SAMPLE_S, Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Colour-blind safe (Okabe and Ito).
 COLOURS = {"read": "#56b4e9", "decrypt": "#e69f00", "place": "#009e73", "compute": "#0072b2"}
@@ -23,6 +27,16 @@ def require_matplotlib() -> None:
             "drawing the plot needs matplotlib, which is not installed",
             hint="pip install 'flexserve[bench]', or leave --plot out",
         ) from None
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write an image; the suffix decides its format. Raises `Usage`, `StorageFailure`."""
+    try:
+        figure.savefig(path, dpi=140)
+    except ValueError as error:
+        raise Usage(f"cannot draw {path}: {error}", hint="name a .png, .svg or .pdf file") from error
+    except OSError as error:
+        raise StorageFailure(f"cannot write {path}: {error.strerror}") from error
 
 
 def draw(timeline: Timeline, title: str, path: Path) -> None:
@@ -87,9 +101,4 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2},
     )
     figure.legend(loc="outside upper right", ncols=4, frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, dpi=140)
-    except ValueError as error:
-        raise Usage(f"cannot draw {path}: {error}", hint="name a .png, .svg or .pdf file") from error
-    except OSError as error:
-        raise StorageFailure(f"cannot write {path}: {error.strerror}") from error
+    save(figure, path)

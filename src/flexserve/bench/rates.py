@@ -23,7 +23,6 @@ DEPTHS = (1, 2, 4, 8)
 READ_BYTES = 256 << 20  # for one rate
 DECRYPT_S = 0.3
 PLACE_BYTES = 256 << 20
-_MADV_DONTNEED = 4
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def _move_s_per_gb(faults: Userfaultfd, target: int) -> float | None:
                 if moved != uffd.HUGE_PAGE:
                     return None
                 uffd.renew(source, uffd.HUGE_PAGE)
-            uffd.advise(target, PLACE_BYTES, _MADV_DONTNEED)
+            uffd.advise(target, PLACE_BYTES, uffd.MADV_DONTNEED)
         return seconds / (PLACE_BYTES / 1e9)
     finally:
         uffd.release(source, uffd.HUGE_PAGE)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import StorageFailure, Usage
-from .plot import require_matplotlib
+from .plot import require_matplotlib, save
 from .workflow_run import POLICIES
 
 # Colour-blind safe (Okabe and Ito); the fair twin of a policy is the paler one.
@@ -49,9 +48,4 @@ def draw(seconds: Mapping[str, Mapping[str, float]], what: str, path: Path) -> N
     axes.set_ylabel(what)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8)
-    try:
-        figure.savefig(path, dpi=140)
-    except ValueError as error:
-        raise Usage(f"cannot draw {path}: {error}", hint="name a .png, .svg or .pdf file") from error
-    except OSError as error:
-        raise StorageFailure(f"cannot write {path}: {error.strerror}") from error
+    save(figure, path)

@@ -9,7 +9,7 @@ import click
 
 from ..errors import Usage
 from . import bench_memory, bench_workflows
-from .bench_options import DIRECTORY, JSON, PROMPT_TOKENS, QUANT, SHAPE, THREADS, measure, names
+from .bench_options import DIRECTORY, JSON, PROMPT_TOKENS, QUANT, SHAPE, THREADS, measure, names, require_plot
 from .common import human_bytes
 from .display import note, table
 
@@ -61,10 +61,7 @@ def cold_start(
     options = ColdStartOptions(
         states=tuple(MemoryState(s) for s in dict.fromkeys(states)), sides=sides or USUAL_SIDES, **given
     )
-    if plot is not None:
-        from ..bench.plot import require_matplotlib
-
-        require_matplotlib()
+    require_plot(plot)
     measure(run, options, _cold_start, as_json=as_json)
     if plot is not None:
         draw_one(options, plot, note)

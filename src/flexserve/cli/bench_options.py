@@ -33,6 +33,14 @@ def measure(
     return result
 
 
+def require_plot(plot: Path | None) -> None:
+    """Before anything is measured in vain. Raises `Usage`."""
+    if plot is not None:
+        from ..bench.plot import require_matplotlib
+
+        require_matplotlib()
+
+
 def default_directory() -> Path:
     """$XDG_CACHE_HOME/flexserve/bench, or below ~/.cache: models of gigabytes that can be made again."""
     base = os.environ.get("XDG_CACHE_HOME", "")

@@ -7,7 +7,18 @@ from typing import Any
 
 import click
 
-from .bench_options import DIRECTORY, JSON, PROMPT_TOKENS, QUANT, ROUNDS, SEED, THREADS, measure, names
+from .bench_options import (
+    DIRECTORY,
+    JSON,
+    PROMPT_TOKENS,
+    QUANT,
+    ROUNDS,
+    SEED,
+    THREADS,
+    measure,
+    names,
+    require_plot,
+)
 from .display import table
 from .sizes import Size
 
@@ -137,14 +148,6 @@ def groups(
             for name, one in result["groups"].items()
         }
         draw(means, "mean time to the first token, s", plot)
-
-
-def require_plot(plot: Path | None) -> None:
-    """Before anything is measured in vain."""
-    if plot is not None:
-        from ..bench.plot import require_matplotlib
-
-        require_matplotlib()
 
 
 def _workflows(result: dict[str, Any]) -> str:

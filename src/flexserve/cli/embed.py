@@ -20,7 +20,6 @@ from .run import (
     prompt_text,
     read_answer,
 )
-from .tuning import tuned
 from .world_options import adapter_options, admin_socket_option, model_source, world_options
 
 
@@ -65,14 +64,13 @@ def command(
     with sigterm_interrupts():
         if is_file(model):
             path = Path(model)
-            tuning = tuned(threads, load_workers, None)
             options = WorldOptions(
                 device_key,
                 vendor_pub,
-                tuning.threads,
+                threads,
                 context_tokens,
                 passphrase_file,
-                load_workers=tuning.load_workers,
+                load_workers=load_workers,
             )
             source = model_source(path.stem[:128], path, licence, adapter, use_copy=False)
             opened = own_world(world_name, options, source)

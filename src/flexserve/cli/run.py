@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -196,14 +196,13 @@ def command(
 
     with sigterm_interrupts():
         if is_file(model):
-            tuning = tuned(threads, load_workers, None)
             options = WorldOptions(
                 device_key,
                 vendor_pub,
-                tuning.threads,
+                threads,
                 context_tokens,
                 passphrase_file,
-                load_workers=tuning.load_workers,
+                load_workers=load_workers,
             )
             path = Path(model)
             source = model_source(path.stem[:128], path, licence, adapter, copy=copy, use_copy=not no_copy)
@@ -251,8 +250,10 @@ def prompt_text(argument: str | None) -> str | None:
 
 @contextmanager
 def own_world(world_name: str, options: WorldOptions, source: ModelSource) -> Iterator[_Started]:
-    """A world for this call, with the model registered."""
-    world = make_world(world_name, options)
+    """A world for this call, with the model registered; with as many threads as were calibrated, where `options` do not
+    say."""
+    tuning = tuned(options.threads, options.load_workers, None)
+    world = make_world(world_name, replace(options, threads=tuning.threads, load_workers=tuning.load_workers))
     try:
         begun = time.monotonic()
         world.start()

@@ -73,18 +73,8 @@ class Positions:
         return Positions(self.start + skip, self.marks[skip:])
 
     def behind_first(self, count: int, low: int, high: int) -> int:
-        """The position behind the first `count` of those in [low, high), which are more."""
-        low, high = max(low - self.start, 0), high - self.start
-        count += 1  # the place of the next one is where it ends
-        while high - low > 1:
-            middle = (low + high) // 2
-            below = self.marks.count(1, low, middle)
-            if below >= count:
-                high = middle
-            else:
-                count -= below
-                low = middle
-        return self.start + low
+        """The position behind the first `count` of those in [low, high), which are more: where the next one is."""
+        return self.at_last(self.count(low, high) - count, low, high)
 
     def at_last(self, count: int, low: int, high: int) -> int:
         """The position of the `count`-th last (from 1) of those in [low, high), which are as many or more."""

@@ -21,9 +21,6 @@ from ...flexmem import uffd
 from ...flexmem.uffd import Userfaultfd, libc
 from ...sealed.crypto import KEY_BYTES, TAG_BYTES, SegmentCipher
 
-_MADV_NOHUGEPAGE = 15
-_MADV_DONTNEED = 4
-
 
 class Buffer:
     """Touched private memory, of huge pages or never of them."""
@@ -32,7 +29,7 @@ class Buffer:
         self.length = length
         self.address = uffd.reserve(length, align=uffd.HUGE_PAGE)
         with contextlib.suppress(OSError):
-            uffd.advise(self.address, length, uffd.MADV_HUGEPAGE if huge else _MADV_NOHUGEPAGE)
+            uffd.advise(self.address, length, uffd.MADV_HUGEPAGE if huge else uffd.MADV_NOHUGEPAGE)
         libc.memset(self.address, 1, length)
         self.view = memoryview((ctypes.c_char * length).from_address(self.address)).cast("B")
 
@@ -123,7 +120,7 @@ def copy_s_per_gb(faults: Userfaultfd, target: int, nbytes: int) -> float:
             for at in range(0, nbytes, SEGMENT_SIZE):
                 faults.copy(target + at, source.address, SEGMENT_SIZE)
             seconds = time.perf_counter() - start
-            uffd.advise(target, nbytes, _MADV_DONTNEED)
+            uffd.advise(target, nbytes, uffd.MADV_DONTNEED)
         return seconds / (nbytes / 1e9)
     finally:
         source.close()
