@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flexserve.errors import ModelMalformed, NotFound, StorageFailure, Usage
+from flexserve.errors import ModelMalformed, NotFound, SealedMalformed, StorageFailure, Usage
+from flexserve.sealed.format import decode_prefix
 from flexserve.sealed.gguf import GGUFHeader, check_model
 from flexserve.sealed.seal import default_model_id, seal
 
@@ -156,6 +157,16 @@ def test_bad_calls_are_refused_before_anything_is_written(kit: Kit, flex: Path) 
     with pytest.raises(StorageFailure, match="cannot create"):
         seal(kit.gguf, flex.parent / "none" / "m.flex", kit.vendor)
     assert not files(flex.parent)
+
+
+def test_a_plain_and_a_sealed_file_that_are_mixed_up_are_told_apart(kit: Kit, flex: Path) -> None:
+    with pytest.raises(ModelMalformed) as refused:
+        seal(kit.flex, flex, kit.vendor)
+    assert "sealed already" in refused.value.hint
+    gguf = kit.gguf.read_bytes()
+    with pytest.raises(SealedMalformed) as plain:
+        decode_prefix(gguf[:136], len(gguf))
+    assert "flexserve seal" in plain.value.hint
 
 
 def test_id_and_version_can_be_chosen_and_have_defaults(kit: Kit, flex: Path) -> None:

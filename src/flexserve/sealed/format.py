@@ -303,6 +303,10 @@ def decode_prefix(data: bytes, size: int) -> Prefix:
 
     Raises `SealedMalformed`, `SealedTruncated`.
     """
+    if data.startswith(b"GGUF"):
+        raise SealedMalformed(
+            "this is a plain GGUF model, not a sealed one", hint="seal it first: `flexserve seal`"
+        )
     if not data.startswith(MAGIC):
         raise SealedMalformed("this is not a sealed model: it does not begin with FLEXSEAL")
     if size < HEAD_BYTES or len(data) < PREFIX.size:

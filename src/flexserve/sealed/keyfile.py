@@ -117,7 +117,10 @@ def decode_key(data: bytes, kind: Kind, source: str, passphrase: Passphrase | No
     except (msgspec.DecodeError, RecursionError) as error:
         raise KeyProblem(f"{source} is not a FlexServe key file: {error}") from None
     if file.kind != kind:
-        raise KeyProblem(f"{source} is a {file.kind} key; a {kind} key is needed here")
+        raise KeyProblem(
+            f"{source} is a {file.kind} key; a {kind} key is needed here",
+            hint=f"`flexserve keys {kind}` makes one",
+        )
     if file.kdf is None:
         secret = file.key
     else:
@@ -137,7 +140,8 @@ def decode_key(data: bytes, kind: Kind, source: str, passphrase: Passphrase | No
 
 def read_passphrase_file(path: Path) -> bytes:
     """The first line of a file that only its owner can read. Raises as `load_vendor_key`."""
-    return _read_secret(path, credential=False).split(b"\n", 1)[0].removesuffix(b"\r")
+    secret = _read_secret(path, credential=False, what="passphrase file")
+    return secret.split(b"\n", 1)[0].removesuffix(b"\r")
 
 
 def _key(make: Callable[[bytes], K], secret: bytes, source: str) -> K:
@@ -152,7 +156,8 @@ def _key(make: Callable[[bytes], K], secret: bytes, source: str) -> K:
 def _load(source: str, kind: Kind, passphrase: Passphrase | None) -> tuple[bytes, str]:
     credential = source.startswith("credential:")
     path = _credential(source.removeprefix("credential:")) if credential else Path(source)
-    data = _read_secret(path, credential=credential)
+    hint = f"`flexserve keys {kind} -o {path}` makes one" if not credential else ""
+    data = _read_secret(path, credential=credential, what="key file", hint=hint)
     try:
         return decode_key(data, kind, source, passphrase), source
     finally:
@@ -171,11 +176,11 @@ def _credential(name: str) -> Path:
     return Path(directory) / name
 
 
-def _read_secret(path: Path, *, credential: bool) -> bytes:
+def _read_secret(path: Path, *, credential: bool, what: str, hint: str = "") -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise NotFound(f"there is no key file {path}") from None
+        raise NotFound(f"there is no {what} {path}", hint=hint) from None
     except OSError as error:
         raise StorageFailure(f"cannot open {path}: {error.strerror}") from error
     with os.fdopen(fd, "rb", buffering=0) as file:  # no buffer of Python's, which nobody could wipe

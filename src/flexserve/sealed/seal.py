@@ -14,7 +14,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,6 +80,7 @@ def seal(
             hint="1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
         )
     with ExitStack() as stack:
+        stack.enter_context(_whoever_seals_can_mend_it())
         source = open_source(gguf_path, stack)
         if out_path.exists() and any(os.path.samestat(out_path.stat(), os.fstat(f)) for f in source.files):
             raise Usage(f"{out_path} is the model itself", hint="give another name with -o")
@@ -95,6 +96,17 @@ def seal(
             return write_sealed(
                 source.files, out, content, vendor, model_id=name, version=version, progress=progress
             )
+
+
+@contextmanager
+def _whoever_seals_can_mend_it() -> Iterator[None]:
+    """A broken model has another hint for the vendor than for a device."""
+    try:
+        yield
+    except ModelMalformed as error:
+        if error.hint == ModelMalformed.default_hint:
+            error.hint = "give a whole, plain GGUF file: this one may be cut off, damaged or sealed already"
+        raise
 
 
 def content_of(meta: bytes, header: GGUFHeader) -> Content:

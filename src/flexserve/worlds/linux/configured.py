@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from ...errors import PassphraseWrong
 from ...framework.settings import Settings
 from ...sealed.keyfile import load_device_key, read_passphrase_file
 from ...sealed.keys import DeviceKey, VendorPublicKey
@@ -23,9 +24,16 @@ def device_key(configure: Configure) -> DeviceKey:
             return read_passphrase_file(Path(configure.passphrase_file))
         import getpass
 
-        return getpass.getpass(
-            f"passphrase of {source}: "
-        ).encode()  # from the terminal, past the normal world
+        try:
+            os.close(os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC))
+            return getpass.getpass(
+                f"passphrase of {source}: "
+            ).encode()  # from the terminal, past the normal world
+        except (OSError, EOFError):
+            raise PassphraseWrong(
+                f"{source} is protected by a passphrase, and there is no terminal to ask for it on",
+                hint="give --passphrase-file",
+            ) from None
 
     return load_device_key(configure.device_key, passphrase)
 
