@@ -303,6 +303,22 @@ def test_a_hint_is_followed_at_the_first_time() -> None:
     assert found(made, "r2") == 100 * MIB
 
 
+def test_nothing_is_taken_for_a_model_of_which_no_segment_would_fit() -> None:
+    kv = MIB
+    slack = kv * TIGHT.kv_chunk_tokens  # what a's request would need beside its weights
+    made = Executor(replace(TIGHT, budget_bytes=slack + MIB // 2))
+    made.register("a", BODY, kv)
+    made.register("b", (Part(0, 8, MIB, 8 * MIB),), 1)
+    made.register("c", (Part(0, 1, MIB, MIB),), 1)  # so that b is not all that is asked for
+    for name, model, client, hint in (("r0", "c", "z", ""), ("r1", "b", "x", "a"), ("r2", "b", "y", "b")):
+        made.ask(name, Answer(model, f"{model}/{name}", 1, client=client, next_model=hint))
+        made.drain()
+        made.step(name)
+        end(made, name)  # which comes to rest: taken from b in vain, it would be fetched for b again
+    assert made.images["b"].resident == 8 * MIB
+    assert made.images["a"].resident == 0
+
+
 def test_a_declared_workflow_is_followed_at_the_first_time() -> None:
     made = world()
     made.post(ev.WorkflowDeclared("c", "trip", ("a", "b")))

@@ -122,12 +122,16 @@ def _slack(records: Records, target: Target) -> int:
     return growing + records.kv_bytes(target.model, min(tokens, target.model.context_tokens))
 
 
-def _make_room(records: Records, target: Target, keep: Keep, nbytes: int) -> bool:
-    """See to it that so much is free beside what has to stay free; nothing is taken that would not be of use."""
+def _make_room(records: Records, target: Target, keep: Keep, nbytes: int, least: int) -> bool:
+    """See to it that so much is free beside what has to stay free.
+
+    Nothing is taken where not even `least` would come together: what was taken in vain, the next target would fetch
+    again, for ever.
+    """
     slack, there = _slack(records, target), records.free + records.ledger.leaving
     if nbytes + slack > there:
         choices = reclaim.choose(records, nbytes + slack - there, ROOM, keep, target.model.name)
-        if there + sum(choice.nbytes for choice in choices) <= slack:
+        if there + sum(choice.nbytes for choice in choices) < slack + least:
             return False
         reclaim.take(records, choices, target.why)
     return records.free >= nbytes + slack
@@ -140,7 +144,7 @@ def _restore(records: Records, target: Target, keep: Keep) -> bool:
         return False
     if target.model.state != ModelState.READY:
         return False
-    if not _make_room(records, target, keep, session.nbytes):
+    if not _make_room(records, target, keep, session.nbytes, session.nbytes):
         return records.ledger.leaving > 0
     records.move_session(session, SessionTrigger.RESTORE)
     _begin(target.model).session_bytes += session.nbytes
@@ -157,7 +161,10 @@ def _load(records: Records, target: Target, keep: Keep) -> bool:
     if ahead < records.settings.prefetch_ahead_bytes // 2:
         return True
     wanted = min(ahead, weights.missing)
-    _make_room(records, target, keep, wanted)
+    next_missing = weights.absent(weights.fill_from, weights.count, wanted)
+    if next_missing:
+        first, _ = next(iter(next_missing))
+        _make_room(records, target, keep, wanted, weights.nbytes(first, first + 1))
     room = min(wanted, max(records.free - _slack(records, target), 0))
     absent = weights.absent(weights.fill_from, weights.count, room)
     if not absent:
