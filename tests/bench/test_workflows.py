@@ -74,7 +74,8 @@ def test_every_policy_runs_a_workflow(directory: Path) -> None:
                 assert {step["load_bytes"] for step in steps} == {None}
                 assert not any(step["cached_prompt_tokens"] for step in steps)
             else:  # the constant part's KV is there
-                assert all(step["cached_prompt_tokens"] >= 64 for step in steps)
+                cached = [step["cached_prompt_tokens"] for step in steps]
+                assert min(cached) >= 64, (policy, cached, steps)
             if policy == "load_per_request_fair":
                 assert all(step["load_bytes"] for step in steps)
             if policy != "flexserve":
