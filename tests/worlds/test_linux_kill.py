@@ -207,3 +207,11 @@ def test_recalls_and_status_go_on_while_models_are_replaced(
     thread.join(30)
     assert not failures
     assert world.status().restarts == 0
+
+
+def test_what_stops_a_service_is_for_the_normal_world_which_saves_first(world: LinuxWorld) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        assert world.pid is not None
+        os.kill(world.pid, number)  # as it reaches the whole group
+    assert Client(world, "after", MODELS[0]).outcome()
+    assert world.status().restarts == 0

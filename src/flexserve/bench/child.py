@@ -1,4 +1,7 @@
-"""A child process that is asked by lines: one line in, one line out; it ends with its input."""
+"""A child process that is asked by lines: one line in, one line out; it ends with its input.
+
+What stops a bench, Ctrl-C or a SIGTERM to its group, does not reach the child, which would seem to have failed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,12 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            process_group=0,
         )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
 
     def listen(self) -> str:
         """Its next line; empty when it has ended."""

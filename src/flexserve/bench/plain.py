@@ -69,6 +69,7 @@ class PlainProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            process_group=0,  # as in child.py
         )
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None

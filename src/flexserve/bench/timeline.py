@@ -91,6 +91,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            process_group=0,  # as in child.py
         )
 
     def ask(self, message: dict[str, object]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import click
 from ..errors import Usage
 from . import bench_memory, bench_workflows
 from .bench_options import DIRECTORY, JSON, PROMPT_TOKENS, QUANT, SHAPE, THREADS, measure, names, require_plot
-from .common import human_bytes
+from .common import human_bytes, sigterm_interrupts
 from .display import note, table
 
 
@@ -64,7 +64,8 @@ def cold_start(
     require_plot(plot)
     measure(run, options, _cold_start, as_json=as_json)
     if plot is not None:
-        draw_one(options, plot, note)
+        with sigterm_interrupts():
+            draw_one(options, plot, note)
 
 
 def _cold_start(result: dict[str, Any]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # `flexserve --help` imports this file, and no cryptography
 
 F = TypeVar("F", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path, dir_okay=False)
+SAME_SIGNAL_S = 2.0
 
 
 def print_error(error: FlexServeError) -> None:
@@ -152,13 +155,37 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that half-written files are removed."""
+    """Let SIGTERM end the block as Ctrl-C does, so that half-written files are removed.
+
+    One that comes again at once is the same: `timeout` sends it to a process and then to its group, and cleaning up
+    must not end at that.
+    """
+    came_at = -math.inf
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        nonlocal came_at
+        if time.monotonic() - came_at >= SAME_SIGNAL_S:
+            came_at = time.monotonic()
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except Exception as error:
+        if came_at > 0:  # whatever fails then, fails because of it
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether an error came up while Ctrl-C or SIGTERM was being obeyed."""
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        if isinstance(at, KeyboardInterrupt):
+            return True
+        seen.add(id(at))
+        at = at.__context__
+    return False

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .bench_options import JSON
-from .common import human_bytes, print_json
+from .common import human_bytes, print_json, sigterm_interrupts
 from .display import milliseconds, note, printable, table
 
 
@@ -42,7 +42,7 @@ def agents(*, models: Path | None, rounds: int, threads: int | None, as_json: bo
     """
     from ..demo.agents import Options, default_models, run
 
-    with tempfile.TemporaryDirectory(prefix="flexserve-demo-") as directory:
+    with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="flexserve-demo-") as directory:
         result = run(Options(models or default_models(), rounds, threads or 0), Path(directory), note)
     if as_json:
         print_json(result)

@@ -16,7 +16,7 @@ import click
 
 from .. import __version__
 from ..errors import FlexServeError
-from .common import print_error
+from .common import print_error, was_interrupted
 
 VERBS: dict[str, tuple[str, str]] = {
     "run": ("run", "answer a prompt with a sealed model"),
@@ -71,6 +71,8 @@ class LazyGroup(click.Group):
         try:
             result = super().main(args, prog_name, **{**extra, "standalone_mode": False})
         except FlexServeError as error:
+            if was_interrupted(error):
+                _exit_interrupted()
             print_error(error)
             sys.exit(error.exit_code)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -86,9 +88,17 @@ class LazyGroup(click.Group):
             click.echo(f"error: {error.format_message()}", err=True)
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            click.echo("error: interrupted", err=True)
-            sys.exit(EXIT_INTERRUPTED)
+            _exit_interrupted()
+        except Exception as error:
+            if not was_interrupted(error):
+                raise
+            _exit_interrupted()
         sys.exit(result if isinstance(result, int) else 0)
+
+
+def _exit_interrupted() -> NoReturn:
+    click.echo("error: interrupted", err=True)
+    sys.exit(EXIT_INTERRUPTED)
 
 
 @click.command(cls=LazyGroup)

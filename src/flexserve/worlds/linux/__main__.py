@@ -31,9 +31,9 @@ INSECURE = "--insecure-no-hardening"
 
 def main() -> None:
     """Run the secure world on the socket whose descriptor is the first argument."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the normal world, which then closes the channel
+    # Ctrl-C and what stops a service reach the whole group: the normal world saves, and then closes the channel.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     fd = int(sys.argv[1])
     close_other_descriptors(fd)
     channel = Channel(socket.socket(fileno=fd), ToSecure)

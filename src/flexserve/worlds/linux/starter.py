@@ -133,8 +133,9 @@ def _end(process: subprocess.Popen[bytes] | None, patience_s: float = 0.0) -> in
 
 
 def _keep_little() -> None:
-    """Be root for one purpose."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Be root for one purpose, and until the gateway ends: signals to the whole group are for the gateway."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     users.drop_bounding_set(_KEPT)
     users.drop_capabilities(_KEPT)
