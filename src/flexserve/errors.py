@@ -49,6 +49,7 @@ class InvalidRequest(Usage):
     """A field of the request is missing, of the wrong type or out of range."""
 
     code = "invalid_request"
+    default_hint = "docs/api.md lists the fields and what each may be"
 
 
 class ContextOverflow(InvalidRequest):
@@ -70,6 +71,7 @@ class RequestTooLarge(InvalidRequest):
 
     code = "request_too_large"
     http_status = 413
+    default_hint = "shorten the prompt, or send several requests"
 
 
 class RequestTooSlow(InvalidRequest):
@@ -77,6 +79,7 @@ class RequestTooSlow(InvalidRequest):
 
     code = "request_too_slow"
     http_status = 408
+    default_hint = "send the whole body at once"
 
 
 class MethodNotAllowed(InvalidRequest):
@@ -84,6 +87,7 @@ class MethodNotAllowed(InvalidRequest):
 
     code = "method_not_allowed"
     http_status = 405
+    default_hint = "docs/api.md lists the endpoints"
 
 
 class HostRefused(InvalidRequest):
@@ -91,6 +95,7 @@ class HostRefused(InvalidRequest):
 
     code = "host_refused"
     http_status = 403
+    default_hint = "use an IP address or localhost, or start the server with --allow-host NAME"
 
 
 class OriginRefused(InvalidRequest):
@@ -113,6 +118,7 @@ class AddressInUse(Usage):
     """Another program, or another FlexServe server, already listens there."""
 
     code = "address_in_use"
+    default_hint = "stop the other one, or choose another --port or --admin-socket"
 
 
 class NotFound(FlexServeError):
@@ -121,6 +127,7 @@ class NotFound(FlexServeError):
     code = "not_found"
     http_status = 404
     exit_code = 3
+    default_hint = "check the name and the directory"
 
 
 class ModelNotFound(NotFound):
@@ -256,18 +263,21 @@ class KeyProblem(FlexServeError):
     code = "key_malformed"
     http_status = 400
     exit_code = 6
+    default_hint = "give the right .key file; `flexserve keys` makes new ones"
 
 
 class KeyPermissions(KeyProblem):
     """A secret key file can be read by others."""
 
     code = "key_permissions"
+    default_hint = "chmod 600 the file; it must belong to the user who runs FlexServe"
 
 
 class PassphraseWrong(KeyProblem):
     """The passphrase does not open the key, or is missing."""
 
     code = "passphrase_wrong"
+    default_hint = "give the right passphrase; --passphrase-file reads it from a file"
 
 
 class EngineFailure(FlexServeError):
@@ -289,6 +299,7 @@ class ModelUnsupported(EngineFailure):
 
     code = "model_unsupported"
     http_status = 422
+    default_hint = "docs/coverage.md lists the models that work"
 
 
 class WorldCrashed(EngineFailure):
@@ -328,6 +339,7 @@ class StorageFailure(FlexServeError):
 
     code = "storage_failed"
     exit_code = 8
+    default_hint = "check that the path exists, who may write there, and the free space"
 
 
 class StateNotAuthentic(StorageFailure):

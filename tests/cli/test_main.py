@@ -45,7 +45,9 @@ def test_errors_are_lower_case_with_a_hint_and_a_code(shell: Shell) -> None:
     assert shell.fails(2, "seal") == (
         "error: missing argument 'MODEL.gguf'\nhint: `flexserve seal --help` shows how it is called\n"
     )
-    assert shell.fails(3, "inspect none.flex") == "error: there is no sealed model none.flex (not_found)\n"
+    assert shell.fails(3, "inspect none.flex") == (
+        "error: there is no sealed model none.flex (not_found)\nhint: check the name and the directory\n"
+    )
     assert shell("").exit_code == 2
 
 

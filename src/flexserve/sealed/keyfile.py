@@ -210,7 +210,10 @@ def check_secret_file(info: os.stat_result, path: Path, *, credential: bool) -> 
         raise KeyPermissions(f"{path} has mode {mode:04o}: others can reach it", hint=f"chmod 600 {path}")
     owners = (os.geteuid(), 0) if credential else (os.geteuid(),)
     if info.st_uid not in owners:
-        raise KeyPermissions(f"{path} belongs to user {info.st_uid}, not to you ({os.geteuid()})", hint="")
+        raise KeyPermissions(
+            f"{path} belongs to user {info.st_uid}, not to you ({os.geteuid()})",
+            hint=f"run as that user, or chown {path}",
+        )
 
 
 def _create(path: Path, data: bytes, mode: int) -> None:
