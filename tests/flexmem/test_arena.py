@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from hypothesis import given
@@ -335,6 +338,56 @@ def test_lazy_pages_are_the_kernels_to_take_until_they_are_pinned(faults: Userfa
     for index in body:
         assert holds(arena, image, arena.span(index))
     arena.close()
+
+
+class Contended:
+    """The arena's lock, which tells when somebody has to wait for it."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._lock = arena._lock
+        self.waited = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.waited.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@pytest.mark.parametrize("index", [4, 6], ids=["the first of its region", "another"])
+def test_a_segment_that_is_placed_while_others_are_handed_over_or_pinned_is_not_cut_in_two(
+    arena: Arena, image: Image, monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    place_all(arena, image)
+    arena.recall([index])
+    lock = Contended(arena)
+    monkeypatch.setattr(arena, "_lock", lock)
+    others = [i for i in indices(arena.regions) if i != index]
+    for hand_over_or_pin in (arena.lazy, arena.pin):
+        claimed = arena.claim(index, 1)
+        assert claimed is not None
+        worker = threading.Thread(target=arena.place, args=(claimed, image.address + claimed.offset))
+        span = arena.span
+
+        def placed_now(
+            first: int, count: int = 1, *, span: Callable[[int, int], Span] = span, worker: Thread = worker
+        ) -> Span:
+            """Between two looks at the segment's state, a worker places it, or has to wait."""
+            assert count > 0
+            if first == index and worker.ident is None:
+                lock.waited.clear()
+                worker.start()
+                eventually(lambda: lock.waited.is_set() or not worker.is_alive())
+            return span(first, count)
+
+        monkeypatch.setattr(arena, "span", placed_now)
+        assert hand_over_or_pin([*others, index]) == sum(span(i).length for i in others)
+        worker.join()
+        monkeypatch.setattr(arena, "span", span)
+        assert arena.state(index) == SegmentState.RESIDENT
+        arena.recall([index])
 
 
 @pytest.mark.parametrize("taken", [(0,), (7,), (3, 4), tuple(range(8))])

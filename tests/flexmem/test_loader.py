@@ -174,27 +174,29 @@ def test_readers_always_read_the_right_bytes_in_a_storm_of_recalls_and_losses(
         reader.start()
     rng = random.Random(seed)
     storms = 0
-    while storms < STORMS or min(reads) < 20 or arena.counters.recalled_bytes < 100 * PAGE_SIZE:
-        storms += 1
-        some = rng.sample(everything, 3)
-        match rng.randrange(5):
-            case 0:
-                loader.load(EVERYTHING)
-            case 1:
-                arena.lazy(some)
-                for index in arena.segments_in(SegmentState.LAZY)[:1]:  # as the kernel would
-                    advise(address(arena, index), PAGE_SIZE, MADV_DONTNEED)
-            case 2:
-                arena.pin(everything)
-            case _:
-                arena.recall(some)
-    calm.set()
-    for reader in readers:
-        reader.join(PATIENCE_S)
-        assert not reader.is_alive()
+    try:
+        while storms < STORMS or min(reads) < 20 or arena.counters.recalled_bytes < 100 * PAGE_SIZE:
+            storms += 1
+            some = rng.sample(everything, 3)
+            match rng.randrange(5):
+                case 0:
+                    loader.load(EVERYTHING)
+                case 1:
+                    arena.lazy(some)
+                    for index in arena.segments_in(SegmentState.LAZY)[:1]:  # as the kernel would
+                        advise(address(arena, index), PAGE_SIZE, MADV_DONTNEED)
+                case 2:
+                    arena.pin(everything)
+                case _:
+                    arena.recall(some)
+    finally:  # they read what is unmapped after the test
+        calm.set()
+        for reader in readers:
+            reader.join(PATIENCE_S)
+        loader.close()
+    assert not any(reader.is_alive() for reader in readers)
     assert not wrong
     loader.check()
-    loader.close()
 
 
 def test_idle_workers_sleep_and_keep_no_plaintext(

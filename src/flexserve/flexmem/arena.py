@@ -307,7 +307,9 @@ class Arena:
         if self._faults is None:
             return 0
         self._unlock()
-        for span in self._runs(segments, 64 << 20):
+        with self._lock:
+            runs = self._runs(segments, 64 << 20)
+        for span in runs:
             with self._lock:
                 if any(
                     self._state[i] != SegmentState.RESIDENT
@@ -327,7 +329,8 @@ class Arena:
         """
         kept = 0
         self._lock_again()
-        runs = self._runs(segments, RECALL_CHUNK)[::-1]
+        with self._lock:
+            runs = self._runs(segments, RECALL_CHUNK)[::-1]
         while runs:
             span = runs.pop()
             indices = range(span.first, span.first + span.count)
@@ -376,7 +379,8 @@ class Arena:
 
     def _runs(self, segments: Iterable[int], limit: int) -> list[Span]:
         """Join neighbours of one region and state; no run crosses a multiple of `limit` bytes, so that huge pages
-        stay whole."""
+        stay whole. Call with the lock held: a state that changes meanwhile would make a run of nothing, whose span is
+        that of another region's end."""
         runs: list[Span] = []
         for one in join(segments):
             at, end = one.first, one.first + one.count
