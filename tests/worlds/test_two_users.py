@@ -39,6 +39,7 @@ def open_python() -> str | None:
 
 
 PYTHON = open_python()
+SITES = [p for p in sys.path if p.endswith("site-packages")]
 needs_root = pytest.mark.skipif(not may_change_user(), reason="only root can become another user")
 needs_python = pytest.mark.skipif(
     PYTHON is None or closed_to([ROOT], 12345) is not None,
@@ -61,11 +62,10 @@ def server(device: Device) -> Iterator[Served]:
     d = device.directory
     d.chmod(0o700)  # what the gateway needs afterwards, it keeps open
     environment = {"HOME": str(d), "PATH": "/usr/bin:/bin", "XDG_STATE_HOME": str(d / "state")}
-    paths = [p for p in sys.path if p.endswith("site-packages")] + [str(ROOT / "src")]
     installation = d.parent / "venv"
     subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(installation)], check=True)
     (site,) = installation.glob("lib/*/site-packages")
-    (site / "flexserve.pth").write_text("\n".join(paths) + "\n")
+    (site / "flexserve.pth").write_text("\n".join([*SITES, str(ROOT / "src")]) + "\n")
     words = [
         "serve", "--model", f"m={source.sealed},{source.licence}", "--device-key", str(device.key_path),
         "--vendor-pub", str(device.vendor_path), "--port", "0", "--admin-socket", str(d / "a.sock"),
