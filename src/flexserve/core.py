@@ -253,6 +253,8 @@ class ModelStatus:
         0  # of a model that does not fit the budget: what passes through memory for every token
     )
     adapter_bytes: int = 0  # of the LoRA adapter, in memory as long as the model is registered
+    least_bytes: int = 0  # the smallest budget with which it answers a short prompt; 0: any will do
+    pinned: bool = False  # its weights are taken last
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,7 @@ class WorldStatus:
     flexmem: str  # "userfaultfd", or "none: <reason>" when loading fully before computing
     models: tuple[ModelStatus, ...] = ()
     budget: Budget | None = None  # None: the world has none
+    prefetch: bool = False  # what the next request needs is loaded before it comes
 
 
 @dataclass(frozen=True)

@@ -176,3 +176,52 @@ def test_a_recall_is_over_when_its_sessions_are_back_whatever_weights_come_and_g
     made.drain()
     (finished,) = effects(made, ef.FinishRecall)
     assert finished.why == Why.GIVEN_BACK
+
+
+# A window is whole segments
+
+
+def test_with_room_for_a_part_of_a_segment_an_answer_waits_and_does_not_crawl() -> None:
+    half = MIB // 2
+    limits = replace(
+        SETTINGS, floor_bytes=0, budget_bytes=256 * KV + half, stream_window_bytes=half, stream_behind_bytes=0
+    )
+    made = world(limits, models="a")
+    made.ask("r", Answer("a", "a/s", 100))
+    made.drain()
+    assert made.answers["r"].state != "computing"
+    assert made.asked[-1] >= half, "at least what is missing to one whole segment"
+    assert made.framework.view().models[0].least == 256 * KV + MIB
+    made.post(ev.Offer(half))
+    made.drain()
+    made.check()
+    assert made.answers["r"].state == "computing"
+    assert made.framework.view().models[0].streamed == 100 * MIB
+
+
+def test_the_least_budget_is_a_window_the_first_keys_and_values_and_every_adapter() -> None:
+    made = world(SETTINGS, models="a")
+    made.register("b", BODY, KV, fixed=3 * MIB)
+    window = SETTINGS.stream_window_bytes
+    assert [m.least for m in made.framework.view().models] == [window + 256 * KV + 3 * MIB] * 2
+
+
+def test_a_request_that_no_offer_could_serve_is_refused_at_once() -> None:
+    made = world(replace(SETTINGS, floor_bytes=0, budget_bytes=8 * MIB, cap_bytes=8 * MIB), models="a")
+    made.ask("r", Answer("a", "a/s", 100))
+    made.drain()
+    (refused,) = effects(made, ef.Reject)
+    assert refused.effect.code == made.answers["r"].ended == "out_of_budget"
+    assert "no offer lifts the memory budget above" in refused.effect.message
+    assert made.now < SETTINGS.suspend_limit_s
+    assert not made.framework.view().active
+
+
+def test_the_kernel_is_not_handed_a_pinned_model() -> None:
+    made = world(replace(SETTINGS, lazy=True, pinned=("a",)), models="ab")
+    for name in "ab":
+        answer(made, f"r{name}", name)
+    made.now += SETTINGS.lazy_after_s
+    made.post(ev.Tick())
+    assert {handed.effect.model for handed in effects(made, ef.HandLazily)} == {"b"}
+    assert [m.pinned for m in made.framework.view().models] == [True, False]

@@ -150,6 +150,7 @@ def status_text(status: WorldStatus) -> str:
             f"(floor {human_bytes(b.floor_bytes)}, hard cap {human_bytes(b.hard_bytes)})"
             + (f", {human_bytes(b.wanted_bytes)} more wanted" if b.wanted_bytes else "")
         )
+    lines.append(f"Prefetch: {'on' if status.prefetch else 'off'}")
     rows = [
         (
             printable(m.info.name),
@@ -177,6 +178,8 @@ def _state(m: ModelStatus) -> str:
     if m.poisoned:
         return "NOT AUTHENTIC"
     said = [f"streams {human_bytes(m.streamed_bytes)} a token"] if m.streamed_bytes else []
+    if m.pinned:
+        said.append("pinned")
     if m.adapter_bytes:
         said.append(f"adapter {human_bytes(m.adapter_bytes)}")
     return ", ".join(said) or "ok"

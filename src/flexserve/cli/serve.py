@@ -134,6 +134,20 @@ def _paths(text: str) -> tuple[Path, Path | None]:
     "to root (docs/threat-model.md).",
 )
 @click.option(
+    "--prefetch/--no-prefetch",
+    default=True,
+    show_default=True,
+    help="Load what the next request is expected to need while another one is answered (docs/workflows.md). Off, "
+    "workflows are still learned.",
+)
+@click.option(
+    "--pin",
+    "pinned",
+    multiple=True,
+    metavar="NAME",
+    help="Take this model's weights last when memory is wanted, and never give them to the kernel. Repeatable.",
+)
+@click.option(
     "--calibrate/--no-calibrate",
     default=True,
     show_default=True,
@@ -159,6 +173,8 @@ def command(
     memory_manager: bool,
     calibrate: bool,
     lazy: bool,
+    prefetch: bool,
+    pinned: tuple[str, ...],
     no_copy: bool,
     world_name: str,
     threads: int | None,
@@ -176,6 +192,9 @@ def command(
     names = [name for name, *_ in models]
     if len(set(names)) < len(names):
         raise Usage("two models have the same name", hint="give each --model its own NAME=")
+    for name in pinned:
+        if name not in names:
+            raise Usage(f"--pin {name!r} names none of the models", hint=f"there are {', '.join(names)}")
     sources = [model_source(*model, use_copy=not no_copy) for model in models]
     api_key = None if api_key_file is None else read_api_key(api_key_file)
     tuning = tuned(threads, load_workers, sources[0].sealed if calibrate and world_name == "linux" else None)
@@ -190,6 +209,8 @@ def command(
             session_dir,
             tuning.load_workers,
             lazy,
+            prefetch,
+            tuple(dict.fromkeys(pinned)),
         ),
     )
     leave_root = _two_users(world, user)

@@ -77,6 +77,8 @@ def lazy_at(records: Records, name: str) -> float | None:
     model = records.models[name]
     if not records.settings.lazy or model.active or not model.weights.bytes_in[SegmentState.RESIDENT]:
         return None
+    if records.is_pinned(model):  # the kernel knows no order
+        return None
     if model.state == ModelState.CLOSING:  # all of it is being given back
         return None
     if model.weights.bytes_in[SegmentState.LOADING] or model.prefetched is not None:

@@ -66,7 +66,7 @@ def _window(records: Records, model: ModelRecord, start: int, keep: Keep) -> Non
         _load(records, model, (weights.fill_from, start), missing, Why.MODEL_IN_USE)
     low, high = zone(records, model)
     low = max(min(model.compute_at, weights.count), start)
-    high = max(high, weights.forward(start, records.settings.stream_window_bytes))
+    high = max(high, weights.forward(start, records.ahead(model)))
     missing = weights.absent_bytes(low, high)
     if missing:
         make_room(records, missing + records.reserved, FOR_WEIGHTS, keep=keep, why=Why.MAKE_ROOM)

@@ -166,7 +166,7 @@ def zone(records: Records, model: ModelRecord) -> Span:
     weights, settings = model.weights, records.settings
     at = max(model.compute_at, weights.fill_from)
     behind = weights.backward(at, settings.stream_behind_bytes) if at > weights.fill_from else at
-    return max(behind, weights.fill_from), max(weights.forward(at, settings.stream_window_bytes), at + 1)
+    return max(behind, weights.fill_from), max(weights.forward(at, records.ahead(model)), at + 1)
 
 
 def stretches(records: Records, model: ModelRecord) -> tuple[list[Span], list[Span]]:
@@ -180,7 +180,7 @@ def stretches(records: Records, model: ModelRecord) -> tuple[list[Span], list[Sp
     if start is None:
         return [], [(high, count), (0, low), (low, high)]
     # The tail's beginning is read ahead for the next token while compute is still in the prefix.
-    top = max(high, weights.forward(start, records.settings.stream_window_bytes))
+    top = max(high, weights.forward(start, records.ahead(model)))
     if low >= start:
         return [(start, low), (top, count)], [(0, start), (low, top)]
     return [(top, count)], [(max(high, start), top), (min(high, start), start), (0, low), (low, high)]

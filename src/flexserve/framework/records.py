@@ -237,9 +237,25 @@ class Records:
     def in_memory_bytes(self, model: ModelRecord) -> int:
         return model.weights.size - model.weights.bytes_in[SegmentState.ABSENT]
 
+    def ahead(self, model: ModelRecord) -> int:
+        """Of a streamed tail, what is read ahead of compute: whole segments, so never less than one. Where only a part
+        of one had room nothing would be read ahead, and each would come when a thread waits for it already."""
+        return max(self.settings.stream_window_bytes, model.weights.largest)
+
     def window(self, model: ModelRecord) -> int:
         """The least memory for weights with which a model still answers."""
-        return min(self.settings.stream_window_bytes, model.weights.fill_size)
+        return min(self.ahead(model), model.weights.fill_size)
+
+    def least(self, model: ModelRecord, tokens: int = 0) -> int:
+        """The smallest budget with which a model answers one request, alone, whose KV has room for so many tokens; for
+        none: a short one."""
+        kv = self.kv_bytes(model, tokens or self.rounded(model, 0))
+        return self.fixed_bytes + self.window(model) + kv
+
+    def rounded(self, model: ModelRecord, tokens: int) -> int:
+        """What KV is granted for so many tokens, and the next."""
+        chunk = self.settings.kv_chunk_tokens
+        return max(tokens, min(-(-(tokens + 1) // chunk) * chunk, model.context_tokens))
 
     def kv_bytes(self, model: ModelRecord, tokens: int) -> int:
         return tokens * model.kv_bytes_per_token

@@ -99,7 +99,7 @@ def _stop_what_would_crawl(records: Records) -> None:
 
 def _expect(records: Records, request: RequestRecord) -> None:
     model = records.models[request.model]
-    tokens = _rounded(records, model, int(model.usage.typical_prompt_tokens))
+    tokens = records.rounded(model, int(model.usage.typical_prompt_tokens))
     records.reserved += records.kv_bytes(model, tokens)
 
 
@@ -153,8 +153,10 @@ def prepare(records: Records, request: RequestRecord) -> None:
         or source.owner not in (None, request.name)  # another request is changing it
     ):
         source = None
-    kv_tokens = _rounded(records, model, request.prompt_tokens)
+    kv_tokens = records.rounded(model, request.prompt_tokens)
     size = records.kv_bytes(model, kv_tokens)
+    if records.least(model, kv_tokens) > records.settings.cap_bytes:  # no offer can help
+        return refuse_for_memory(records, request)
     if (
         source is not None
         and source is not own
@@ -202,11 +204,6 @@ def prepare(records: Records, request: RequestRecord) -> None:
 def _wait(records: Records, request: RequestRecord) -> None:
     if request.state == RequestState.PREPARING:
         records.move_request(request, RequestTrigger.WAIT)
-
-
-def _rounded(records: Records, model: ModelRecord, tokens: int) -> int:
-    chunk = records.settings.kv_chunk_tokens
-    return max(tokens, min(-(-(tokens + 1) // chunk) * chunk, model.context_tokens))
 
 
 def _least(records: Records, model: ModelRecord, nbytes: int) -> int:
@@ -263,7 +260,7 @@ def grow(records: Records, request: RequestRecord, tokens: int) -> None:
     """Let the KV of a running request grow, or stop the request until that is possible."""
     model = records.models[request.model]
     session = records.sessions[request.session]
-    kv_tokens = _rounded(records, model, tokens)
+    kv_tokens = records.rounded(model, tokens)
     size = records.kv_bytes(model, kv_tokens)
     if _has_room(records, request, model, max(size - session.nbytes, 0)):
         records.resize_session(session, max(size, session.nbytes))
@@ -309,17 +306,22 @@ def refuse(records: Records, request: RequestRecord, why: Why, *, code: str, mes
 
 
 def refuse_for_memory(records: Records, request: RequestRecord) -> None:
-    model = records.models[request.model]
-    tokens = request.wanted_tokens or _rounded(records, model, request.prompt_tokens)
-    needed = records.kv_bytes(model, tokens) + records.window(model)
+    model, cap = records.models[request.model], records.settings.cap_bytes
+    needed = records.least(model, request.wanted_tokens or records.rounded(model, request.prompt_tokens))
+    if needed > cap:
+        limit = f"no offer lifts the memory budget above {cap} bytes"
+        hint = "raise the hard cap (`flexserve budget --hard`), or shorten the prompt"
+    else:
+        limit = f"the memory budget is {records.budget} bytes"
+        hint = "raise the budget (`flexserve budget`), close other programs, or shorten the prompt"
     refuse(
         records,
         request,
         Why.NO_MEMORY,
         code="out_of_budget",
-        message=f"the request needs {needed} bytes for its keys and values and for streaming model {model.name!r}, "
-        f"but the memory budget is {records.budget} bytes",
-        hint="raise the budget (`flexserve budget`), close other programs, or shorten the prompt",
+        message=f"the request needs {needed} bytes for its keys and values and for streaming model {model.label!r}, "
+        f"but {limit}",
+        hint=hint,
     )
 
 

@@ -67,7 +67,10 @@ class Settings:
         256 * MIB, "bytes", "ours", "on its way at most, where room has to be made for it"
     )
     stream_window_bytes: int = _setting(
-        32 * MIB, "bytes", "ours", "of a streamed tail, what is read ahead of compute"
+        32 * MIB,
+        "bytes",
+        "ours",
+        "of a streamed tail, what is read ahead of compute: whole segments, at least one",
     )
     stream_behind_bytes: int = _setting(
         16 * MIB,
@@ -121,7 +124,7 @@ class Settings:
         20.0, "s", "ours", "of waiting after which nothing that came later goes first"
     )
     pinned: tuple[str, ...] = _setting(
-        (), "models", "ours", "whose weights are taken last, and never for the background"
+        (), "models", "ours", "whose weights go last, never for the background, and never to the kernel"
     )
 
     # Workflows (workflows.py, prefetch.py)

@@ -24,6 +24,8 @@ class ModelView:
     budget: int  # of the best distribution
     rate: float  # share of the last hour's invocations
     streamed: int  # for every token; 0: the model fits
+    least: int  # budget with which it answers a short prompt
+    pinned: bool
     sessions: int  # in memory
     session_bytes: int
     last_used_s_ago: float | None
@@ -67,6 +69,8 @@ def view_of(records: Records) -> View:
                 budget=share.budget_bytes if share else 0,
                 rate=share.rate if share else 0.0,
                 streamed=model.streamed_bytes if model.active else 0,
+                least=records.least(model),
+                pinned=records.is_pinned(model),
                 sessions=len(sessions),
                 session_bytes=sum(s.nbytes for s in sessions),
                 last_used_s_ago=None if used < 0 else records.now - used,

@@ -84,6 +84,9 @@ class Weights:
             raise ValueError("a model has parts, and those that are not filled come first")
         self.fill_from = sum(p.count for p in self.parts if not p.fill)
         self.fill_size = sum(p.nbytes for p in self.parts if p.fill)
+        self.largest = max(
+            (p.unit_bytes for p in self.parts if p.fill), default=0
+        )  # segment of the filled parts
         self.bytes_in = dict.fromkeys(SegmentState, 0)
         self.bytes_in[SegmentState.ABSENT] = self.size
         self.missing = self.fill_size  # bytes that are absent, of those a request loads

@@ -26,6 +26,8 @@ class WorldOptions:
     session_dir: Path | None = None  # None: conversations are not saved
     load_workers: int | None = None
     lazy: bool = True  # hand idle weights to the kernel lazily
+    prefetch: bool = True  # load what the next request needs before it comes
+    pinned: tuple[str, ...] = ()  # names of models whose weights go last
 
 
 def make_world(name: str, options: WorldOptions) -> World:
@@ -44,6 +46,8 @@ def make_world(name: str, options: WorldOptions) -> World:
             passphrase_file=options.passphrase_file,
             session_dir=options.session_dir,
             lazy=options.lazy,
+            prefetch=options.prefetch,
+            pinned=options.pinned,
         )
     if name == "fake":
         from ..engine.fake import FakeEngine, SystemClock

@@ -65,6 +65,8 @@ class Configure(_Message):
     saves: bool = False  # there is a storage for sessions
     load_workers: int | None = None  # None: the usual number
     lazy: bool = True  # idle weights are handed to the kernel, unless the Framework's settings say otherwise
+    prefetch: bool = True  # the same: what the next request needs is loaded before it comes
+    pinned: tuple[Text, ...] = ()  # models whose weights go last, beside those in the settings
 
 
 class AdapterUse(msgspec.Struct, forbid_unknown_fields=True, array_like=True):

@@ -51,7 +51,11 @@ def framework_settings(configure: Configure, *, on_demand: bool) -> Settings:
     if configure.session_bytes is not None:
         settings = dataclasses.replace(settings, session_limit_bytes=configure.session_bytes)
     return dataclasses.replace(
-        settings, saves=configure.saves, lazy=settings.lazy and configure.lazy and on_demand
+        settings,
+        saves=configure.saves,
+        lazy=settings.lazy and configure.lazy and on_demand,
+        prefetch=settings.prefetch and configure.prefetch,
+        pinned=(*settings.pinned, *configure.pinned),
     )
 
 

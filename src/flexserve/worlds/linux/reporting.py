@@ -51,6 +51,8 @@ def status(runner: Runner, names: Iterable[str], *, uptime_s: float, flexmem: st
                 prefix_bytes=seen.prefix,
                 budget_bytes=seen.budget,
                 streamed_bytes=seen.streamed,
+                least_bytes=seen.least,
+                pinned=seen.pinned,
             )
         models.append(one)
     return WorldStatus(
@@ -63,4 +65,5 @@ def status(runner: Runner, names: Iterable[str], *, uptime_s: float, flexmem: st
         flexmem=flexmem,
         models=tuple(models),
         budget=Budget(view.budget, view.cap, view.floor, view.held, view.wanted),
+        prefetch=runner.ask(lambda framework: framework.settings.prefetch),
     )

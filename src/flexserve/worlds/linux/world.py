@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,13 +98,16 @@ class LinuxWorld(WorkflowMethods):
         session_bytes: int | None = None,
         settings: Settings | None = None,
         lazy: bool = True,
+        prefetch: bool = True,
+        pinned: Sequence[str] = (),
     ) -> None:
         """`device_key`: a path, or `credential:NAME`. `vendor_pub` replaces the trust store. `session_dir`: where
         conversations are saved, encrypted; None: nowhere. `session_bytes`: of memory for them; 0: keep none.
 
         `threads` compute (None: one for each processor), `load_workers` load (None: the usual number).
         `settings`: the Framework's; None: the usual, with three quarters of this machine's memory as budget.
-        `lazy` off: idle weights are never handed to the kernel, whatever `settings` say.
+        `lazy` off: idle weights are never handed to the kernel, whatever `settings` say; `prefetch` off: nothing is
+        loaded for a request that has not come. `pinned`: names of models whose weights go last.
         `on_demand` off: no userfaultfd, models load fully before they compute. `hardened` off is for the
         tests that show what hardening is worth.
         """
@@ -124,6 +127,8 @@ class LinuxWorld(WorkflowMethods):
             settings=settings,
             saves=session_dir is not None,
             lazy=lazy,
+            prefetch=prefetch,
+            pinned=tuple(pinned),
         )
         self._lock = threading.Condition()
         self._registering = threading.Lock()
