@@ -7,7 +7,7 @@ import pytest
 from flexserve.flexmem.arena import Arena
 from flexserve.flexmem.uffd import Userfaultfd
 
-from .helpers import Image, let_go, regions
+from .helpers import Image, close, regions
 
 
 @pytest.fixture
@@ -22,8 +22,7 @@ def arena(faults: Userfaultfd) -> Iterator[Arena]:
     """Three segments of EMBED and four of BODY, all absent."""
     made = Arena(regions(), faults)
     yield made
-    let_go(made, faults)
-    made.close()
+    close(made, faults)
 
 
 @pytest.fixture

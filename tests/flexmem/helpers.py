@@ -112,14 +112,20 @@ class Toucher:
         return self._out.raw
 
 
-def let_go(arena: Arena, faults: Userfaultfd) -> None:
-    """Before an arena is unmapped, let end who reads it: a test that fails may leave a thread that waits for a page,
-    and the fault behind the last mapping would end the whole run without a word about the test."""
-    if not arena._closed:
-        faults.zero(arena.base, arena.length)
+def let_go(faults: Userfaultfd, address: int, length: int) -> None:
+    """Before memory is unmapped, let end who reads it: a test that fails may leave a thread that waits for a page, and
+    the fault behind the mapping would end the whole run without a word about the test."""
+    faults.zero(address, length)
     for thread in Toucher.threads:
         thread.join(PATIENCE_S)
     Toucher.threads.clear()
+
+
+def close(arena: Arena, faults: Userfaultfd) -> None:
+    """Close an arena that a test which failed may still read."""
+    if not arena._closed:
+        let_go(faults, arena.base, arena.length)
+    arena.close()
 
 
 def touch(address: int, length: int = 1) -> bytes:

@@ -20,7 +20,7 @@ from flexserve.flexmem import uffd
 from flexserve.flexmem.arena import Arena, SegmentState, Span
 from flexserve.flexmem.uffd import MADV_DONTNEED, Userfaultfd
 
-from .helpers import Image, Toucher, eventually, holds, indices, let_go, regions
+from .helpers import Image, Toucher, close, eventually, holds, indices, regions
 
 ABSENT, LOADING, RESIDENT, LAZY = SegmentState
 PARTS = regions()
@@ -180,8 +180,7 @@ class ArenaMachine(RuleBasedStateMachine):
                 assert holds(self.arena, self.image, span)
 
     def teardown(self) -> None:
-        let_go(self.arena, self.faults)
-        self.arena.close()
+        close(self.arena, self.faults)
         self.faults.close()
 
 

@@ -16,7 +16,7 @@ from flexserve.framework.order import Range
 from flexserve.framework.tables import SEGMENT, SegmentTrigger, after
 from flexserve.framework.tables import SegmentState as Known
 
-from .helpers import FakeSource, Image, eventually, holds, indices, let_go, place_all, regions, touch
+from .helpers import FakeSource, Image, close, eventually, holds, indices, place_all, regions, touch
 from .test_arena import kernel_takes
 
 PLACED, RECALLED, SPARED, PINNED, LOST, STOPPED = (
@@ -33,8 +33,7 @@ PLACED, RECALLED, SPARED, PINNED, LOST, STOPPED = (
 def arena(faults: Userfaultfd) -> Iterator[Arena]:
     made = Arena(regions(), faults, journal=True)
     yield made
-    let_go(made, faults)
-    made.close()
+    close(made, faults)
 
 
 def test_a_journal_has_what_happened_in_its_order_and_each_once(arena: Arena, image: Image) -> None:

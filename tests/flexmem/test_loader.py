@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import threading
 import time
@@ -239,6 +240,19 @@ def test_closing_ends_every_thread_even_in_the_middle_of_a_plan(
     waiting.join(PATIENCE_S)
     assert set(threading.enumerate()) <= before
     assert len(source.fetched) == 2  # what was begun was ended, no more
+
+
+def test_closing_twice_leaves_the_descriptors_that_were_opened_in_between(
+    arena: Arena, source: FakeSource, faults: Userfaultfd
+) -> None:
+    loader = Loader(arena, source, faults, workers=1)
+    loader.close()
+    ours = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    loader.close()
+    with pytest.raises(BlockingIOError):
+        os.read(ours[0], 1)  # nobody wrote into it
+    for number in ours:
+        os.close(number)
 
 
 def test_without_userfaultfd_everything_is_there_when_the_wait_ends() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from flexserve.core import PAGE_SIZE
 from flexserve.errors import SegmentNotAuthentic
 from flexserve.flexmem import uffd
 from flexserve.flexmem.arena import Arena, Span
-from flexserve.flexmem.source import SealedSource, Staging
+from flexserve.flexmem.source import SLOTS, SealedSource, Staging
 from flexserve.sealed.gguf import read_header
 from flexserve.sealed.layout import plan_layout
 from flexserve.sealed.reader import SealedModel, UnlockedModel
@@ -224,3 +225,33 @@ def test_content_replaced_in_place_is_not_authentic(opened: Opened) -> None:
     for direct in (True, False):
         with pytest.raises(SegmentNotAuthentic):
             opened.source(direct=direct).fetch(EMBED, opened.staging)
+
+
+# Staging
+
+
+@pytest.fixture
+def staging() -> Iterator[Staging]:
+    made = Staging()
+    yield made
+    made.close()
+
+
+def test_plaintext_that_the_kernel_did_not_move_is_zeroed_where_it_stays(staging: Staging) -> None:
+    old = staging.plain
+    staging.used = True
+    old[:] = b"\x5a" * uffd.HUGE_PAGE
+    staging.moved(3 * PAGE_SIZE)
+    assert staging.address == staging._slots + uffd.HUGE_PAGE
+    assert not any(old[3 * PAGE_SIZE :])
+
+
+def test_the_slots_come_round_with_no_memory_behind_them(staging: Staging) -> None:
+    first = staging.address
+    for number in range(SLOTS):
+        assert staging.address == first + number * uffd.HUGE_PAGE
+        staging.plain[0] = 1
+        staging.moved(uffd.HUGE_PAGE)
+    assert staging.address == first
+    assert not any(uffd.resident_pages(first, SLOTS * uffd.HUGE_PAGE))
+    assert staging.plain[0] == 0

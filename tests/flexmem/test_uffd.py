@@ -18,7 +18,7 @@ from flexserve.core import PAGE_SIZE
 from flexserve.flexmem import uffd
 from flexserve.flexmem.uffd import UffdDeniedError, Userfaultfd, libc
 
-from .helpers import PATIENCE_S, Image, Toucher, touch
+from .helpers import PATIENCE_S, Image, Toucher, let_go, touch
 
 PAGES = 8
 LENGTH = PAGES * PAGE_SIZE
@@ -30,6 +30,7 @@ def area(faults: Userfaultfd) -> Iterator[int]:
     address = uffd.reserve(LENGTH)
     faults.register(address, LENGTH)
     yield address
+    let_go(faults, address, LENGTH)
     uffd.release(address, LENGTH)
 
 
@@ -184,14 +185,17 @@ def test_a_reader_never_sees_zeros_while_pages_are_moved_away_and_placed_again(
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    for number in range(2000):
-        at = number % (PAGES - 1) * PAGE_SIZE
-        away = uffd.move_away(area + at, 2 * PAGE_SIZE)
-        libc.memset(away, 0, 2 * PAGE_SIZE)
-        uffd.release(away, 2 * PAGE_SIZE)
-        faults.copy(area + at, image.address + at, 2 * PAGE_SIZE)
-    stop.set()
-    reader.join(PATIENCE_S)
+    try:
+        for number in range(2000):
+            at = number % (PAGES - 1) * PAGE_SIZE
+            away = uffd.move_away(area + at, 2 * PAGE_SIZE)
+            libc.memset(away, 0, 2 * PAGE_SIZE)
+            uffd.release(away, 2 * PAGE_SIZE)
+            faults.copy(area + at, image.address + at, 2 * PAGE_SIZE)
+    finally:  # it reads what is unmapped after the test
+        stop.set()
+        faults.zero(area, LENGTH)
+        reader.join(PATIENCE_S)
     assert rounds[0] > 0
     assert not reader.is_alive()
     assert not seen

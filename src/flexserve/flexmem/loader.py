@@ -253,7 +253,7 @@ class Loader:
             moved = self.arena.place(span, staging.address, movable=True)
             placed = time.perf_counter()
             if moved:
-                staging.moved()
+                staging.moved(moved)
             if self._trace is not None:
                 read = begun + took.read_s
                 stages = (begun, read, read + took.decrypt_s, start, placed)
@@ -357,16 +357,18 @@ class Loader:
                 self._serve_faults()
 
     def close(self) -> None:
-        """Stop all threads; the arena stays as it is. Nothing may compute on it any more."""
+        """Stop all threads; the arena stays as it is. Nothing may compute on it any more. May be called twice."""
         with self._lock:
-            self._closing = True
+            again, self._closing = self._closing, True
             self._work_to_do.notify_all()
             self._plan_done.notify_all()
-        os.write(self._stop_write, b"x")
+        if not again:
+            os.write(self._stop_write, b"x")
         for thread in self._threads:
             thread.join()
-        os.close(self._stop_read)
-        os.close(self._stop_write)
+        if not again:  # the numbers may be somebody else's descriptors by now
+            os.close(self._stop_read)
+            os.close(self._stop_write)
 
 
 @contextlib.contextmanager

@@ -67,13 +67,15 @@ class Staging:
             libc.memset(self.address, 0, uffd.HUGE_PAGE)
             self.used = False
 
-    def moved(self) -> None:
-        """The plaintext has been moved away: go on with the next slot.
+    def moved(self, nbytes: int) -> None:
+        """The first `nbytes` of the plaintext have been moved away: go on with the next slot.
 
         The kernel may have left a page table behind, and gives no huge page to a range that has one. All slots are
         made anew at once, and seldom: that takes the process's memory lock, for which every other worker's first
         touch has to end before.
         """
+        if nbytes < uffd.HUGE_PAGE:  # the kernel gave up half way, and the rest was copied
+            libc.memset(self.address + nbytes, 0, uffd.HUGE_PAGE - nbytes)
         self._slot += 1
         if self._slot == SLOTS:
             uffd.renew(self._slots, SLOTS * uffd.HUGE_PAGE)
