@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -42,8 +43,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving_shell(shell: Shell, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """Started, with no weight resident."""
-    with serving(directory, FakeWorld(FakeEngine(SCRIPTS))) as running:
+def serving_shell(
+    shell: Shell, directory: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> Iterator[Server]:
+    """Started, with no weight resident. `options`: of the world."""
+    with serving(directory, FakeWorld(FakeEngine(SCRIPTS), **options)) as running:
         monkeypatch.setenv("FLEXSERVE_ADMIN_SOCKET", str(running.admin))
         yield Server(shell, running)

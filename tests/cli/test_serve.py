@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
+from flexserve.errors import Usage
+from flexserve.worlds import WorldOptions
+from flexserve.worlds.base import World
 from flexserve.worlds.fake import write_fake_model
 
 from ..schemas import validate
@@ -146,6 +149,25 @@ def test_a_model_option_of_another_form_is_refused(demo: Shell, value: str) -> N
 
 def test_two_models_of_one_name_are_refused(demo: Shell) -> None:
     assert "two models have the same name" in demo.fails(2, f"{SERVE} --model demo=demo.flex")
+
+
+def test_a_pinned_model_must_be_one_of_those_that_are_served(demo: Shell) -> None:
+    error = demo.fails(2, f"{SERVE} --pin other")
+    assert "--pin 'other' names none of the models" in error
+    assert "hint: there are demo" in error
+
+
+def test_prefetch_and_pins_reach_the_world(demo: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[WorldOptions] = []
+
+    def make_world(_name: str, options: WorldOptions) -> World:
+        asked.append(options)
+        raise Usage("that is enough")
+
+    monkeypatch.setattr("flexserve.cli.serve.make_world", make_world)
+    demo.fails(2, f"{SERVE} --no-prefetch --pin demo --pin demo")
+    demo.fails(2, SERVE)
+    assert [(o.prefetch, o.pinned) for o in asked] == [(False, ("demo",)), (True, ())]
 
 
 def test_listening_beyond_loopback_is_warned_about_loudly(serve: Serve) -> None:

@@ -50,6 +50,21 @@ def test_the_demo_runs_all_workflows_under_a_budget_that_does_not_hold_the_model
     assert any(one["prefetched_bytes"] > 0 for one in result["workflows"])
 
 
+def test_with_less_than_the_largest_model_and_its_keys_and_values_it_is_streamed(tmp_path: Path) -> None:
+    result = run(
+        Options(default_models(), rounds=1, threads=1, budget_bytes=4 << 20), tmp_path, lambda text: None
+    )
+    assert result["budget_bytes"] == 4 << 20 < 0.45 * result["weight_bytes"]
+    assert all(step["answer"] for one in result["workflows"] for step in one["steps"])
+
+
+def test_a_budget_with_which_an_agent_could_not_answer_is_refused_at_once() -> None:
+    outcome = CliRunner().invoke(cli, ["demo", "agents", "--budget", "1M"])
+    assert outcome.exit_code == 2, outcome.output
+    assert f"with a budget of {1 << 20} bytes the assistant does not answer" in outcome.stderr
+    assert "hint: give at least --budget " in outcome.stderr
+
+
 def test_the_table_names_every_workflow(monkeypatch: pytest.MonkeyPatch) -> None:
     step = {
         "agent": "guard",

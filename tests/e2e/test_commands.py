@@ -115,7 +115,7 @@ def test_serve_answers_over_http_and_ps_shows_it(shell: Shell) -> None:
     admin = shell.directory / "admin.sock"
     words = (
         "serve", "--model", "demo=M.flex,M.lic", "--device-key", "device.key", "--vendor-pub", "vendor.pub",
-        "--port", "0", "--admin-socket", admin,
+        "--port", "0", "--admin-socket", admin, "--no-prefetch", "--pin", "demo",
     )  # fmt: skip
     with subprocess.Popen(
         shell.command(words),
@@ -138,6 +138,10 @@ def test_serve_answers_over_http_and_ps_shows_it(shell: Shell) -> None:
             assert '"set_alarm"' in answer["choices"][0]["message"]["content"]
             status = json.loads(shell("ps", "--admin-socket", admin, "--json").stdout)
             jsonschema.validate(status, json.loads((ROOT / "docs" / "schemas" / "ps.json").read_text()))
+            assert (status["prefetch"], status["models"][0]["pinned"]) == (False, True)
+            shown = shell("ps", "--admin-socket", admin).stdout
+            assert "Prefetch: off" in shown
+            assert shown.splitlines()[-1].endswith("pinned")
             assert "demo" in shell("list", "--admin-socket", admin).stdout
             named = shell("run", "demo", "--admin-socket", admin, "--temperature", "0", "--json", PROMPT)
             assert json.loads(named.stdout)["text"] == answer["choices"][0]["message"]["content"]

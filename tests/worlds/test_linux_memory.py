@@ -239,3 +239,22 @@ def test_without_a_storage_the_kv_of_an_open_answer_stays(kit: tuple[Device, Mod
         assert last.token_ids == undisturbed
         # It may have stopped for want of a stream's window, with its KV in memory.
         assert not {"SaveSession", "DropSession", "RestoreSession"} & effects(world)
+
+
+def test_the_least_budget_of_a_model_is_enough_to_stream_it_and_less_is_refused(
+    kit: tuple[Device, ModelSource],
+) -> None:
+    with world_inside(kit[0], settings=dataclasses.replace(QUICK, floor_bytes=0)) as (world, _):
+        world.register(kit[1])
+        undisturbed = ask(world, PROMPTS[0], 24).token_ids
+        least = world.status().models[0].least_bytes
+        world.recall(EVERYTHING).wait(PATIENCE_S)
+        world.budget(least, least)
+        streamed = ask(world, PROMPTS[0], 24)
+        assert streamed.token_ids == undisturbed
+        assert streamed.timings.streamed_bytes > 0
+        world.budget(hard_bytes=least - 1)
+        with pytest.raises(OutOfBudget, match="no offer lifts"):
+            ask(world, PROMPTS[0], 24)
+        world.budget(1 << 30, 1 << 30)
+        assert ask(world, PROMPTS[0], 24).token_ids == undisturbed

@@ -127,6 +127,26 @@ def test_switched_off_nothing_is_fetched_and_answers_are_the_same(
     assert ask(world, "first").token_ids == answers[0].token_ids
 
 
+def test_a_pinned_model_stays_where_the_least_invoked_would_go(
+    kit: tuple[Device, list[ModelSource]],
+) -> None:
+    with world_inside(kit[0], settings=TIGHT, prefetch=False, pinned=("second",)) as (made, _):
+        for source in kit[1]:
+            made.register(source)
+        for model in ("second", "first", "third", "first", "third"):
+            ask(made, model)
+        status = made.status()
+        models = {m.info.name: m for m in status.models}
+        assert {name for name, m in models.items() if m.pinned} == {"second"}
+        assert models["second"].prefix_bytes == models["second"].info.weight_bytes
+        assert (
+            min(models[name].prefix_bytes for name in ("first", "third")) < models["first"].info.weight_bytes
+        )
+        assert not status.prefetch
+        assert not made.workflows().prefetch
+        assert prefetches(made) == {}
+
+
 def test_a_declared_workflow_is_followed_at_the_first_time(world: LinuxWorld) -> None:
     world.declare_workflow("house", "evening", ["first", "second"])
     ask(world, "first")

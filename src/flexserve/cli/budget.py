@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .common import human_bytes, print_json
-from .display import table
+from .display import printable, table, warn
 from .sizes import Size
 from .world_options import admin_socket_option
 
@@ -24,14 +24,22 @@ def command(
     """Show a running server's memory budget, or set it to SIZE (512M, 1.5G).
 
     It is for weights, adapters, keys and values. Recalls lower it and offers raise it, between floor and hard cap: SIZE
-    holds until memory gets short or plenty, --hard for good.
+    holds until memory gets short or plenty, --hard for good. One with which no model could answer is refused.
     """
     import msgspec
 
     from ..server.bodies import BudgetBody
     from ..server.client import ServerClient
 
-    budget = ServerClient(admin_socket).budget(BudgetBody(size, hard, floor))
+    client = ServerClient(admin_socket)
+    budget = client.budget(BudgetBody(size, hard, floor))
+    if size is not None or hard is not None:
+        for model in client.ps().models:
+            if model.least_bytes > budget.soft_bytes and not model.poisoned:
+                warn(
+                    f"{printable(model.info.name)} does not answer with this budget: it needs "
+                    f"{human_bytes(model.least_bytes)} for keys and values and a window of its weights"
+                )
     if as_json:
         print_json(msgspec.to_builtins(budget))
         return

@@ -11,6 +11,7 @@ import click
 from .bench_options import JSON
 from .common import human_bytes, print_json, sigterm_interrupts
 from .display import milliseconds, note, printable, table
+from .sizes import Size
 
 
 @click.group("demo")
@@ -31,9 +32,18 @@ def command() -> None:
     show_default=True,
     help="How often each workflow runs.",
 )
+@click.option(
+    "--budget",
+    "budget_bytes",
+    type=Size(),
+    default=0,
+    help="For weights, keys and values. [default: 55 % of the weights]",
+)
 @click.option("--threads", type=click.IntRange(1, 256), help="Compute threads. [default: all cores]")
 @JSON
-def agents(*, models: Path | None, rounds: int, threads: int | None, as_json: bool) -> None:
+def agents(
+    *, models: Path | None, rounds: int, budget_bytes: int, threads: int | None, as_json: bool
+) -> None:
     """Ten agent workflows with four small models, under a budget that does not hold them all.
 
     Seals the models for a device that is thrown away afterwards, runs every workflow without prefetch and with it,
@@ -43,7 +53,8 @@ def agents(*, models: Path | None, rounds: int, threads: int | None, as_json: bo
     from ..demo.agents import Options, default_models, run
 
     with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="flexserve-demo-") as directory:
-        result = run(Options(models or default_models(), rounds, threads or 0), Path(directory), note)
+        options = Options(models or default_models(), rounds, threads or 0, budget_bytes)
+        result = run(options, Path(directory), note)
     if as_json:
         print_json(result)
         return

@@ -17,8 +17,8 @@ from typing import Any
 
 from ..bench import workflow_file
 from ..bench.workflow_file import Workflow
-from ..core import Finished, Message, Request, Sampling, Token, WorkflowReport
-from ..errors import EngineFailure, NotFound
+from ..core import SEGMENT_SIZE, Finished, Message, Request, Sampling, Token, WorkflowReport, WorldStatus
+from ..errors import EngineFailure, NotFound, Usage
 from ..framework.settings import MIB, Settings
 from ..sealed.keyfile import write_key
 from ..sealed.keys import DeviceKey, VendorKey
@@ -29,20 +29,21 @@ from ..worlds.base import ModelSource, World
 from ..worlds.linux import LinuxWorld
 from .prompts import AGENTS, SCRIPTS, SYSTEM
 
-BUDGET_SHARE = (
-    0.55  # of what the four models weigh: less is too little for the assistant and its keys and values
-)
+# Of what the four models weigh: just enough for the assistant and its keys and values. With less it is streamed.
+BUDGET_SHARE = 0.55
 CONTEXT_TOKENS = 256
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """`rounds`: how often every workflow runs. `models`: the directory with the demo-NAME.gguf files."""
+    """`rounds`: how often every workflow runs. `models`: the directory with the demo-NAME.gguf files. `budget_bytes` 0:
+    `BUDGET_SHARE` of what they weigh."""
 
     models: Path
     rounds: int = 4
     threads: int = 0  # all cores
+    budget_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,7 @@ class Device:
     device_key: Path
     vendor_pub: Path
     weight_bytes: int
-
-    @property
-    def budget_bytes(self) -> int:
-        return int(BUDGET_SHARE * self.weight_bytes)
+    budget_bytes: int  # of the world
 
 
 def default_models() -> Path:
@@ -111,8 +109,9 @@ def model_files(models: Path) -> dict[str, Path]:
     return files
 
 
-def prepare(files: Mapping[str, Path], directory: Path, say: Say) -> Device:
-    """A vendor, a device, and the models sealed by the one for the other, all in `directory`."""
+def prepare(files: Mapping[str, Path], budget_bytes: int, directory: Path, say: Say) -> Device:
+    """A vendor, a device, and the models sealed by the one for the other, all in `directory`. `budget_bytes` 0: the
+    usual."""
     vendor, device = VendorKey.generate(), DeviceKey.generate()
     vendor_path, device_path = directory / "vendor.key", directory / "device.key"
     write_key(vendor_path, vendor)
@@ -127,15 +126,22 @@ def prepare(files: Mapping[str, Path], directory: Path, say: Say) -> Device:
         licence.write_bytes(issue(sealed, vendor, device.public, issued_at=int(time.time()), serial=number))
         sources.append(ModelSource(agent, flex, licence, use_copy=False))
     weight_bytes = sum(path.stat().st_size for path in files.values())
-    return Device(tuple(sources), device_path, vendor_path.with_suffix(".pub"), weight_bytes)
+    return Device(
+        tuple(sources),
+        device_path,
+        vendor_path.with_suffix(".pub"),
+        weight_bytes,
+        budget_bytes or int(BUDGET_SHARE * weight_bytes),
+    )
 
 
 def run(options: Options, directory: Path, say: Say) -> dict[str, Any]:
-    """The whole demo; files are made in `directory`, which the caller removes. Raises `NotFound`, `EngineFailure`.
+    """The whole demo; files are made in `directory`, which the caller removes. Raises `NotFound`, `EngineFailure`, and
+    `Usage` for a budget with which an agent cannot answer.
 
     Returns what docs/schemas/demo-agents.json describes.
     """
-    device = prepare(model_files(options.models), directory, say)
+    device = prepare(model_files(options.models), options.budget_bytes, directory, say)
     workflows = workflow_file.load().workflows
     served: dict[bool, Served] = {}
     for prefetch in (False, True):
@@ -157,13 +163,21 @@ def _serve(
         context_tokens=CONTEXT_TOKENS,
         session_dir=directory / f"sessions-{'prefetch' if prefetch else 'none'}",
         settings=Settings(
-            budget_bytes=budget, cap_bytes=budget, floor_bytes=min(MIB, budget), lazy=False, prefetch=prefetch
+            budget_bytes=budget,
+            cap_bytes=budget,
+            floor_bytes=min(MIB, budget),
+            # The usual window is many times larger than these models, none of which would be streamed through it.
+            stream_window_bytes=SEGMENT_SIZE,
+            stream_behind_bytes=SEGMENT_SIZE // 2,
+            lazy=False,
+            prefetch=prefetch,
         ),
     )
     try:
         world.start()
         for source in device.sources:
             world.register(source)
+        check_budget(budget, world.status())
         numbers = itertools.count()
         runs = [
             _run(world, workflow, number, numbers)
@@ -173,6 +187,17 @@ def _serve(
         return Served(runs, world.workflows())
     finally:
         world.close()
+
+
+def check_budget(budget_bytes: int, status: WorldStatus) -> None:
+    """Raises `Usage` where not every agent can answer: their requests would end with `out_of_budget`."""
+    hungriest = max(status.models, key=lambda model: model.least_bytes)
+    if budget_bytes < hungriest.least_bytes:
+        raise Usage(
+            f"with a budget of {budget_bytes} bytes the {hungriest.info.name} does not answer: keys and values and a "
+            f"window of its weights take {hungriest.least_bytes} bytes",
+            hint=f"give at least --budget {hungriest.least_bytes}",
+        )
 
 
 def _run(world: World, workflow: Workflow, number: int, requests: Iterable[int]) -> Run:

@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ..core import MAX_CLIENT_CHARS, Budget
+from ..core import MAX_CLIENT_CHARS, Budget, WorldStatus
 from ..errors import InvalidRequest
 from .bodies import BudgetBody, ForgetBody, Forgotten, RecallAnswer, RecallBody, Trace
 from .gateway import Gateway
@@ -58,6 +58,8 @@ def admin_routes(gateway: Gateway) -> list[Route]:
         for name in wanted.__struct_fields__:
             if (size := getattr(wanted, name)) is not None:
                 _check_size(name, size)
+        if (wanted.soft_bytes, wanted.hard_bytes) != (None, None):
+            _check_answers(wanted, await gateway.status())
         return await gateway.budget(wanted.soft_bytes, wanted.hard_bytes, wanted.floor_bytes)
 
     async def workflows(_: HttpRequest) -> Response:
@@ -84,6 +86,25 @@ def admin_routes(gateway: Gateway) -> list[Route]:
         Route("/admin/recall", Posted(RecallBody, recall), methods=["POST"]),
         Route("/admin/budget", Posted(BudgetBody, budget), methods=["POST"]),
     ]
+
+
+def _check_answers(wanted: BudgetBody, status: WorldStatus) -> None:
+    """A budget with which no model answers is a mistake: every request would wait in vain. A recall takes as much, and
+    what it took comes back with the next request. Raises `InvalidRequest`."""
+    answering = [model for model in status.models if not model.poisoned]
+    if not answering:
+        return
+    easiest = min(answering, key=lambda model: model.least_bytes)
+    floor = wanted.floor_bytes
+    if floor is None:
+        floor = status.budget.floor_bytes if status.budget is not None else 0
+    size = max(floor, min(size for size in (wanted.soft_bytes, wanted.hard_bytes) if size is not None))
+    if size < easiest.least_bytes:
+        raise InvalidRequest(
+            f"with a budget of {size} bytes no model answers: {easiest.info.name!r} needs the least, "
+            f"{easiest.least_bytes} bytes (keys and values, and a window of its weights)",
+            hint="set at least that; `flexserve recall all` takes memory back until the next request wants it",
+        )
 
 
 def _check_size(name: str, value: int) -> None:

@@ -15,8 +15,9 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..core import (
@@ -58,6 +59,7 @@ VENDOR = "trusted vendor"
 TRACE_LINES = 1024
 WORKFLOW_SETTINGS = Settings()
 BUDGET = Budget(1 << 30, 2 << 30, 0, 0)
+NO_LEAST: Mapping[str, int] = MappingProxyType({})
 
 
 def write_fake_model(
@@ -157,7 +159,9 @@ class FakeWorld:
         *,
         max_waiting: int = 64,
         budget: Budget = BUDGET,
+        least_bytes: Mapping[str, int] = NO_LEAST,
     ) -> None:
+        """`least_bytes`: of models, what is said to be the smallest budget with which they answer."""
         self.engine = engine or FakeEngine()
         self.max_waiting = max_waiting
         self._clock = self.engine.clock
@@ -170,6 +174,7 @@ class FakeWorld:
         self._worker: threading.Thread | None = None
         self._closed = False
         self._budget = budget  # what is held is counted when somebody asks
+        self._least_bytes = least_bytes
         self._trace: deque[tuple[int, str]] = deque(maxlen=TRACE_LINES)
         self._events = 0
         self._workflows = WorkflowLog()
@@ -331,6 +336,7 @@ class FakeWorld:
                         requests=m.requests,
                         last_used_s_ago=None if m.last_used is None else now - m.last_used,
                         prefix_bytes=m.resident_bytes,
+                        least_bytes=self._least_bytes.get(m.info.name, 0),
                     )
                     for m in self._models.values()
                 ),
