@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ def test_the_reader_reads_whole_blocks(tmp_path: Path) -> None:
     make_file(tmp_path / "data", 1 << 20)
     read = random_read(tmp_path / "data")
     assert [read() for _ in range(50)] == [BLOCK_BYTES] * 50
+
+
+@pytest.mark.parametrize(
+    ("make", "where"), [(make_file, "os.urandom"), (make_database, "random.Random.randbytes")]
+)
+def test_data_that_was_interrupted_leaves_no_file(
+    make: Callable[[Path, int], None], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "data", 1 << 20)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_neighbour_works_until_it_is_closed(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from ..errors import EngineFailure
@@ -48,14 +48,24 @@ class Neighbour(Child):
         return int(count) / float(seconds)
 
 
-def make_database(path: Path, nbytes: int) -> None:
-    """Orders with an index by customer, about `nbytes` in all; the file appears when it is complete."""
+@contextmanager
+def _making(path: Path) -> Iterator[Path]:
+    """Another name to write under: the file appears when it is complete, and none is left when it is not."""
     part = path.with_suffix(".part")
     part.unlink(missing_ok=True)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def make_database(path: Path, nbytes: int) -> None:
+    """Orders with an index by customer, about `nbytes` in all."""
     orders = max(1000, nbytes // ROW_BYTES)
     rng = random.Random(orders)  # noqa: S311 - the same database every time
     customers = max(1, orders // CUSTOMERS_PER_ORDER)
-    with closing(sqlite3.connect(part)) as db:
+    with _making(path) as part, closing(sqlite3.connect(part)) as db:
         db.execute("PRAGMA journal_mode = OFF")
         db.execute("PRAGMA synchronous = OFF")
         db.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, customer INTEGER, cents INTEGER, note TEXT)")
@@ -69,16 +79,13 @@ def make_database(path: Path, nbytes: int) -> None:
         )
         db.execute("CREATE INDEX by_customer ON orders (customer)")
         db.commit()
-    part.replace(path)
 
 
 def make_file(path: Path, nbytes: int) -> None:
     """Random bytes."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with _making(path) as part, part.open("wb") as file:
         for _ in range(0, nbytes, 1 << 20):
             file.write(os.urandom(1 << 20))
-    part.replace(path)
 
 
 def sqlite_query(path: Path) -> Callable[[], int]:
