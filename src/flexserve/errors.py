@@ -346,7 +346,10 @@ class StateNotAuthentic(StorageFailure):
     """The device's state file (highest serial, version, time) was not written with this device's key."""
 
     code = "state_not_authentic"
-    default_hint = "if the device key was replaced on purpose, delete the state file"
+    default_hint = (
+        "if the key was replaced on purpose, delete this device's .state file in $XDG_STATE_HOME/flexserve "
+        "(~/.local/state/flexserve): which versions and licences it has used is forgotten then"
+    )
 
 
 def by_code(code: str) -> type[FlexServeError]:
