@@ -12,7 +12,7 @@ import errno
 import os
 import platform
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ...errors import EngineFailure
@@ -33,6 +33,7 @@ ENOSYS = refuse(errno.ENOSYS)
 
 _LOAD_WORD, _JUMP_EQUAL, _JUMP_ABOVE, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 _NUMBER_AT, _ARCH_AT, _ARGUMENTS_AT = 0, 4, 16  # struct seccomp_data
+LOW, WHOLE = (1 << 32) - 1, (1 << 64) - 1  # of an argument
 _X32 = 0x40000000  # x86-64's second table of the same calls
 _PR_SET_NO_NEW_PRIVS = 38
 _SET_MODE_FILTER = 1
@@ -116,7 +117,11 @@ NUMBERS: dict[str, tuple[int | None, int | None]] = {
 
 @dataclass(frozen=True)
 class Check:
-    """A condition on an argument's low 32 bits: `argument & mask` is one of `values`."""
+    """A condition on an argument: `argument & mask` is one of `values`.
+
+    A filter sees 32 bits at a time. Most arguments are ints to the kernel, which ignores what is above; where it is
+    not so, as for a pointer, the mask is `WHOLE`, and there is one value.
+    """
 
     argument: int
     mask: int
@@ -171,11 +176,22 @@ def program(parts: Iterable[Rule], default: int, machine: str | None = None) -> 
 def _block(rule: Rule) -> list[tuple[int, int, int, int]]:
     out = []
     for check in rule.checks:
-        out += [(_LOAD_WORD, 0, 0, _ARGUMENTS_AT + 8 * check.argument), (_AND, 0, 0, check.mask)]
-        last = len(check.values)
-        out += [(_JUMP_EQUAL, last - at, 0, value) for at, value in enumerate(check.values)]
-        out.append((_RETURN, 0, 0, rule.otherwise))
+        for offset, mask, values in _halves(check):
+            out += [(_LOAD_WORD, 0, 0, _ARGUMENTS_AT + 8 * check.argument + offset), (_AND, 0, 0, mask)]
+            last = len(values)
+            out += [(_JUMP_EQUAL, last - at, 0, value) for at, value in enumerate(values)]
+            out.append((_RETURN, 0, 0, rule.otherwise))
     return [*out, (_RETURN, 0, 0, rule.action)]
+
+
+def _halves(check: Check) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Where a half of the argument is, its mask and its values: the lower one first, on little-endian machines."""
+    yield 0, check.mask & LOW, tuple(value & LOW for value in check.values)
+    if check.mask > LOW:
+        (value,) = check.values  # with more, the halves of two could be mixed
+        yield 4, check.mask >> 32, (value >> 32,)
+    else:
+        assert all(value <= LOW for value in check.values)
 
 
 class _Program(ctypes.Structure):  # struct sock_fprog

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from .seccomp import ALLOW, EACCES, ENOSYS, EPERM, INSTALL, KILL, Check, Rule, program, rules
+from .seccomp import ALLOW, EACCES, ENOSYS, EPERM, INSTALL, KILL, LOW, WHOLE, Check, Rule, program, rules
 
 # Never needed, from the first instruction on.
 _NEVER = (
@@ -43,7 +43,7 @@ _MEMORY_AND_TIME = (
 _DESCRIPTORS = (
     "read", "readv", "write", "writev", "recvfrom", "recvmsg", "sendto", "sendmsg", "poll", "ppoll", "select",
     "pselect6", "close", "close_range", "shutdown", "getsockname", "getpeername", "getsockopt", "fstat", "lseek",
-    "pread64", "fcntl",
+    "pread64",
 )  # fmt: skip
 # On descriptors it was given, and threads of its own.
 _ENGINE = (
@@ -56,7 +56,11 @@ _ENGINE = (
 
 _PROT_EXEC = 4
 _AF_UNIX = 1
+_SOCK_TYPE, _SOCK_STREAM, _SOCK_SEQPACKET = 0xF, 1, 5
 _CLONE_THREAD = 0x10000
+_CLONE_NEW = 0x7E020000  # mount, cgroup, UTS, IPC, user, PID and network namespaces
+# F_DUPFD, GETFD, SETFD, GETFL, SETFL, DUPFD_CLOEXEC. Not SETOWN and SETSIG: the kernel would signal others for it.
+_FCNTL = (0, 1, 2, 3, 4, 1030)
 _PR_SET_NAME, _PR_SET_VMA = 15, 0x53564D41
 _TCGETS, _FIONBIO, _FIOCLEX, _FIONREAD = 0x5401, 0x5421, 0x5451, 0x541B
 # API, REGISTER, WAKE, COPY, ZEROPAGE, MOVE (flexmem/uffd.py)
@@ -77,18 +81,25 @@ _NO_FILES = (
     Rule("newfstatat", checks=(Check(3, _AT_EMPTY_PATH, (_AT_EMPTY_PATH,)),), otherwise=EACCES),
 )
 _CLONE3 = Rule("clone3", ENOSYS)  # as above; libc then uses clone
-_OWN_NAMES = Rule("prctl", checks=(Check(0, 0xFFFFFFFF, (_PR_SET_NAME, _PR_SET_VMA)),))
-_SOCKETPAIR = Rule("socketpair", checks=(Check(0, 0xFFFFFFFF, (_AF_UNIX,)),), otherwise=KILL)
-_LIMITS_READ = Rule("prlimit64", checks=(Check(2, 0xFFFFFFFF, (0,)),))
+_OWN_NAMES = Rule("prctl", checks=(Check(0, LOW, (_PR_SET_NAME, _PR_SET_VMA)),))
+# No datagrams: each may be sent to another address, the journal's for example.
+_SOCKETPAIR = Rule(
+    "socketpair",
+    checks=(Check(0, LOW, (_AF_UNIX,)), Check(1, _SOCK_TYPE, (_SOCK_STREAM, _SOCK_SEQPACKET))),
+    otherwise=KILL,
+)
+_OWN_LIMITS = Rule("prlimit64", checks=(Check(0, LOW, (0,)),))  # or of other processes of this user
+_LIMITS_READ = Rule("prlimit64", checks=(*_OWN_LIMITS.checks, Check(2, WHOLE, (0,))))  # a pointer to new ones
+_OWN_DESCRIPTORS = Rule("fcntl", checks=(Check(1, LOW, _FCNTL),))
 
 
 def _ioctl(*requests: int) -> Rule:
-    return Rule("ioctl", checks=(Check(1, 0xFFFFFFFF, requests),))
+    return Rule("ioctl", checks=(Check(1, LOW, requests),))
 
 
 def _signals_to(pid: int) -> Rule:
     """`abort` and `raise` only: of this very process."""
-    return Rule("tgkill", checks=(Check(0, 0xFFFFFFFF, (pid,)),))
+    return Rule("tgkill", checks=(Check(0, LOW, (pid,)),))
 
 
 def early() -> bytes:
@@ -104,6 +115,7 @@ def secure(pid: int) -> bytes:
             *rules(KILLED, KILL),
             *_NO_EXECUTABLE_MEMORY,
             *_NO_FILES,
+            _OWN_DESCRIPTORS,
             _CLONE3,
             _OWN_NAMES,
             _SOCKETPAIR,
@@ -121,18 +133,19 @@ def zygote() -> bytes:
     return program(
         (
             *rules((*_MEMORY_AND_TIME, *_DESCRIPTORS), ALLOW),
-            *rules(("kill", "tgkill", "clone", "wait4", "setitimer", "prlimit64"), ALLOW),
+            *rules(("kill", "tgkill", "wait4", "setitimer"), ALLOW),
             *rules(KILLED, KILL),
+            Rule("clone", checks=(Check(0, _CLONE_NEW, (0,)),), otherwise=KILL),
+            _OWN_LIMITS,
             *_NO_EXECUTABLE_MEMORY,
             *_NO_FILES,
+            _OWN_DESCRIPTORS,
             _CLONE3,
             _OWN_NAMES,
             _SOCKETPAIR,
             _ioctl(_TCGETS, _FIONBIO, _FIOCLEX, _FIONREAD),
             # Its children add a filter of their own, which only takes away.
-            Rule(
-                "seccomp", checks=tuple(Check(at, 0xFFFFFFFF, (value,)) for at, value in enumerate(INSTALL))
-            ),
+            Rule("seccomp", checks=tuple(Check(at, LOW, (value,)) for at, value in enumerate(INSTALL))),
         ),
         EPERM,
     )
@@ -146,6 +159,7 @@ def template(pid: int) -> bytes:
             *rules(KILLED, KILL),
             *_NO_EXECUTABLE_MEMORY,
             *_NO_FILES,
+            _OWN_DESCRIPTORS,
             _CLONE3,
             _OWN_NAMES,
             _LIMITS_READ,
