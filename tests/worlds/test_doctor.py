@@ -253,6 +253,19 @@ def test_memory_that_is_locked_is_never_swapped(tmp_path: Path) -> None:
     assert doctor.swap_line(root, locked=True).state == State.OK
 
 
+def test_locked_is_what_the_kernel_says_too(seen: Probe) -> None:
+    """The process alone may be wrong: what is in memory is compared with what the kernel counts as locked."""
+    for said, locked, resident, expected in (
+        (True, 100, 100, True),
+        (True, 99, 100, False),
+        (False, 100, 100, False),
+    ):
+        look = replace(seen.secure, locked_bytes=locked, resident_bytes=resident)
+        measures = Measures(memory_locked=said)
+        assert doctor.memory_locked(replace(seen, secure=look, measures=measures)) == expected
+    assert seen.secure.resident_bytes > 1 << 20
+
+
 @pytest.mark.parametrize(("at", "state"), [("a", State.OK), ("a/b", State.OK), (".", State.WEAK)])
 def test_a_cgroup_that_may_not_swap_is_enough(tmp_path: Path, at: str, state: State) -> None:
     root = machine(tmp_path, "/swapfile file 100 0 -2\n")
@@ -293,3 +306,14 @@ def test_a_trust_store_that_others_can_write_is_broken(tmp_path: Path) -> None:
     assert doctor.trust_line(store).state == State.OK
     store.directory.chmod(0o777)
     assert doctor.trust_line(store).state == State.BROKEN
+
+
+# The network
+
+
+def test_doctor_says_that_there_is_no_tls_as_long_as_the_server_has_none() -> None:
+    line = doctor.network_line()
+    assert line.state == State.UNUSED
+    assert "loopback" in line.advice
+    server = Path(doctor.__file__).parents[2] / "server"
+    assert not [file for file in server.rglob("*.py") if "import ssl" in file.read_text()]

@@ -214,7 +214,12 @@ def _process_lines() -> tuple[list[Line], bool]:
     except FlexServeError as error:
         advice = error.hint or "run doctor as the user who runs `flexserve serve`"
         return [Line("secure_process", State.BROKEN, error.message, "", advice)], False
-    return process_lines(seen), seen.measures.memory_locked
+    return process_lines(seen), memory_locked(seen)
+
+
+def memory_locked(seen: Probe) -> bool:
+    """Whether the secure process says so, and the kernel that at least what is in memory is locked."""
+    return seen.measures.memory_locked and seen.secure.locked_bytes >= seen.secure.resident_bytes
 
 
 def process_lines(seen: Probe, kernel_has_landlock: bool | None = None) -> list[Line]:

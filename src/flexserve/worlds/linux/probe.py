@@ -58,7 +58,8 @@ class Look:
     no_new_privs: bool  # all of them
     seccomp: bool  # all of them
     core_limit_bytes: int | None  # None: no limit
-    locked_bytes: int
+    locked_bytes: int  # address space, of the first of them
+    resident_bytes: int
     environment: tuple[str, ...] | None  # names of variables; None: not to be seen
     inherited_descriptor_closed: bool
     dumped_core: bool | None  # when it crashed; None: not tried
@@ -166,7 +167,8 @@ class _Started:
             no_new_privs=all(s.get("NoNewPrivs") == "1" for s in status),
             seccomp=all(s.get("Seccomp") == "2" for s in status),
             core_limit_bytes=_core_limit(self.pid),
-            locked_bytes=int(status[0].get("VmLck", "0 kB").split()[0]) * 1024,
+            locked_bytes=_bytes(status[0], "VmLck"),
+            resident_bytes=_bytes(status[0], "VmRSS"),
             environment=as_program_of(min(who), lambda: _environment(self.pid)),
             inherited_descriptor_closed=closed,
             dumped_core=_crash(self.pid) if crash else None,
@@ -225,6 +227,10 @@ def _attach(pid: int) -> bool:
     os.waitpid(pid, _WALL)
     _libc.ptrace(_PTRACE_DETACH, pid, None, None)
     return True
+
+
+def _bytes(status: dict[str, str], field: str) -> int:
+    return int(status.get(field, "0 kB").split()[0]) * 1024
 
 
 def _core_limit(pid: int) -> int | None:
