@@ -198,17 +198,24 @@ def test_files_and_devices_are_what_the_unit_leaves_it(service: Box) -> None:
     def within(*command: str) -> bool:
         return _host("nsenter", "-t", str(main_pid(service)), "-m", *command).returncode == 0
 
+    for own, mode in (("/var/lib/flexserve", 0o711), ("/run/flexserve", 0o700)):
+        assert service.file(own).stat().st_mode & 0o7777 == mode
     assert within("test", "-w", "/var/lib/flexserve")
     assert within("test", "-w", "/run/flexserve")
     for closed in ("/etc", "/usr", "/opt/flexserve", "/var/log", "/proc/sys/vm", "/sys/fs/cgroup"):
         assert not within("touch", f"{closed}/by-test"), closed
     assert not within("test", "-e", "/dev/kmsg") and within("test", "-e", "/dev/urandom")
-    assert not within("test", "-e", "/home/*") and not within("test", "-e", "/root/.bashrc")
+    assert _host(
+        "nsenter", "-t", str(main_pid(service)), "-m", "ls", "-A", "/root", "/home"
+    ).stdout.split() == [
+        "/home:",
+        "/root:",
+    ]
 
 
 def test_doctor_finds_every_promise_kept_within_the_same_walls(service: Box) -> None:
     done = service.run("systemctl", "start", "flexserve-doctor")
-    assert done.returncode == 0, f"{done.stderr}\n{log(service)}"
+    assert done.returncode == 0, f"{done.stderr}\n{log(service)}\n{service.file(SEEN).read_text()}"
     report: dict[str, Any] = json.loads(service.file(SEEN).read_text())
     states = {line["id"]: line["state"] for line in report["lines"]}
     assert report["holds"]
