@@ -68,12 +68,15 @@ class Image:
 
 
 class FakeSource:
-    """Plaintext from an image. Remembers what it was asked for; `gate` holds every fetch while it is closed."""
+    """Plaintext from an image. Remembers what it was asked for; `gate` holds every fetch while it is closed, `gates`
+    those of single segments.
+    """
 
     def __init__(self, image: Image) -> None:
         self.image = image
         self.gate = threading.Event()
         self.gate.set()
+        self.gates: dict[int, threading.Event] = {}
         self.fetched: list[Span] = []
         self.errors: dict[int, BaseException] = {}  # by segment
         self.stagings: set[Staging] = set()
@@ -82,6 +85,7 @@ class FakeSource:
         self.fetched.append(span)
         self.stagings.add(staging)
         assert self.gate.wait(PATIENCE_S)
+        assert span.first not in self.gates or self.gates[span.first].wait(PATIENCE_S)
         for index in range(span.first, span.first + span.count):
             if index in self.errors:
                 raise self.errors[index]

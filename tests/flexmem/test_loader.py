@@ -17,6 +17,7 @@ from flexserve.flexmem import loader as loader_module
 from flexserve.flexmem.arena import Arena, SegmentState
 from flexserve.flexmem.loader import Loader
 from flexserve.flexmem.uffd import HUGE_PAGE, MADV_DONTNEED, Userfaultfd, advise, libc
+from flexserve.framework.effects import Priority
 from flexserve.framework.order import Range
 
 from .helpers import (
@@ -102,6 +103,41 @@ def test_a_new_plan_replaces_the_old_one(loader: Loader, arena: Arena, source: F
     assert arena.segments_in(SegmentState.RESIDENT)[:1] == [1]
     assert [s.first for s in source.fetched][-1] == 1
     assert arena.state(7) == SegmentState.ABSENT
+
+
+def test_rows_are_waited_for_and_nothing_behind_them(
+    loader: Loader, arena: Arena, source: FakeSource
+) -> None:
+    rows = [Range(1, 1), Range(3, 1)]
+    source.gate.clear()
+    loader.load([Range(4, 1), Range(1, 3)])
+    eventually(lambda: source.fetched)
+    loader.extend(rows, Priority.ROWS)
+    waiting = threading.Thread(target=loader.wait_for_rows, args=(rows,), daemon=True)
+    waiting.start()
+    source.gates[2] = threading.Event()  # behind the rows, never opened before they are waited for
+    source.gate.set()
+    waiting.join(PATIENCE_S)
+    assert not waiting.is_alive()
+    assert [span.first for span in source.fetched][:3] == [4, 1, 3]
+    assert {arena.state(1), arena.state(3)} == {SegmentState.RESIDENT}
+    source.gates[2].set()
+    loader.wait()
+    assert [span.first for span in source.fetched] == [4, 1, 3, 2]
+
+
+def test_nobody_waits_for_rows_that_nobody_loads(loader: Loader, source: FakeSource) -> None:
+    loader.wait_for_rows([Range(1, 2)])  # not planned: compute will ask
+    source.gate.clear()
+    loader.load([Range(4, 1)])
+    eventually(lambda: source.fetched)
+    loader.extend([Range(1, 2)], Priority.ROWS)
+    waiting = threading.Thread(target=loader.wait_for_rows, args=([Range(1, 2)],), daemon=True)
+    waiting.start()
+    loader.stop()  # or no longer
+    waiting.join(PATIENCE_S)
+    assert not waiting.is_alive()
+    source.gate.set()
 
 
 def test_what_is_resident_is_not_loaded_again(loader: Loader, source: FakeSource) -> None:

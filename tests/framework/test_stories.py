@@ -18,7 +18,7 @@ from flexserve.framework.tables import Impossible
 from flexserve.framework.tables import SegmentTrigger as Seg
 from flexserve.framework.weights import Part
 
-from .executor import Answer, Executor
+from .executor import LOADERS, Answer, Executor
 
 MIB = 1 << 20
 KV = 1000  # bytes per token
@@ -219,6 +219,21 @@ def test_the_rows_of_the_prompt_come_first() -> None:
     (rows,) = [d.effect for d in effects(made, ef.LoadRange) if d.why == Why.PROMPT_ROWS]
     assert rows == ef.LoadRange("a", (Range(7, 2), Range(20, 1)), ef.Priority.ROWS)
     assert sum(i < 50 for i in made.images["a"].state) == 3  # never the whole embedding
+
+
+def test_the_rows_of_a_tied_embedding_come_first_though_all_of_the_model_is_asked_for_before() -> None:
+    made = Executor(SETTINGS)
+    made.register("a", (Part(50, 10, MIB, 10 * MIB), Part(0, 50, 1000, 50_000)), KV)
+    made.ask("r1", Answer("a", "a/s", 10, rows=(Range(7, 2), Range(20, 1))))
+    made.drain()
+    asked = [d.effect for d in effects(made, ef.LoadRange)]
+    assert [one.priority for one in asked] == [ef.Priority.REQUEST, ef.Priority.ROWS]
+    assert asked[1].ranges == (Range(7, 2), Range(20, 1))
+    changed = [e for _, e, _ in made.log if isinstance(e, ev.SegmentsChanged)]
+    placed = [e.ranges[0].first for e in changed if e.what == Seg.PLACED]
+    assert {7, 8, 20} < set(placed[: 3 + LOADERS])  # behind what the loaders had in hand
+    assert sorted(placed) == list(range(60))  # each once
+    made.check()
 
 
 def test_below_the_budget_of_one_model_it_still_answers_and_streams_the_tail() -> None:

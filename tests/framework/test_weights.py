@@ -91,8 +91,9 @@ def test_what_is_absent_and_what_may_be_taken_are_found_between_two_positions(
     assert model.absent_bytes(start, end) == sum(model.nbytes(n, n + 1) for n in absent)
     assert one_by_one(model.tail(start, end, model.size)) == there
     wanted = sorted(data.draw(st.sets(st.integers(0, model.count - 1))))
-    both = [n for n in wanted if model.state(n) == SegmentState.ABSENT]
-    assert one_by_one(model.absent_of(chosen(wanted))) == both
+    for state in SegmentState:
+        both = [n for n in wanted if model.state(n) == state]
+        assert one_by_one(model.those(state, chosen(wanted))) == both
 
 
 @NO_DEADLINE

@@ -184,9 +184,11 @@ class Answering:
         loader, needs = self._on.loader, self._on.needs
         if self._guide is not None:
             match = self._on.sessions.match(prompt) if self._on.sessions else None
-            self._beginning = self._guide.begin(prompt, match, needs.rows(prompt))
+            rows = needs.rows(prompt)
+            self._beginning = self._guide.begin(prompt, match, rows)
             if self._beginning is None:
                 return False
+            loader.wait_for_rows(rows)
         else:
             loader.arena.pin(loader.arena.segments_in(SegmentState.LAZY))
         if not loader.on_demand:

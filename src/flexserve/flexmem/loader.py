@@ -16,7 +16,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Protocol
@@ -149,6 +149,7 @@ class Loader:
                 for one in plan:
                     self.arena.note_stopped(one.first, one.count)
             self._forget_plans()
+            self._plan_done.notify_all()
 
     def wait(self) -> None:
         """Until the plan is done or the arena is poisoned, or the loader closes."""
@@ -156,6 +157,28 @@ class Loader:
             self._plan_done.wait_for(
                 lambda: (not any(self._plans) and not self._busy) or self.arena.poisoned or self._closing
             )
+
+    def wait_for_rows(self, rows: Sequence[Range]) -> None:
+        """Until these are placed, as far as they were planned as `Priority.ROWS`, or the arena is poisoned, or the
+        loader closes.
+
+        A prompt's rows are scattered over the embedding: a compute thread would wait for each by a fault of its own,
+        one after the other and some milliseconds each while all cores are busy.
+        """
+        with self._lock:
+            self._plan_done.wait_for(
+                lambda: (
+                    not (self._plans[Priority.ROWS] or any(map(self._is_loading, rows)))
+                    or self.arena.poisoned
+                    or self._closing
+                )
+            )
+
+    def _is_loading(self, rows: Range) -> bool:
+        return any(
+            self.arena.state(index) == SegmentState.LOADING
+            for index in range(rows.first, rows.first + rows.count)
+        )
 
     def times(self) -> LoadTimes:
         with self._lock:
@@ -271,7 +294,7 @@ class Loader:
                     place_s=self._times.place_s + (begun - claimed) + (placed - start),
                     fault_wait_s=self._times.fault_wait_s + waited,
                 )
-            if not self._busy and not any(self._plans):
+            if not self._plans[Priority.ROWS]:
                 self._plan_done.notify_all()
             report = placed is not None and self._is_due(span.length, urgent=began is not None)
         if report:

@@ -133,13 +133,16 @@ def tokenized(records: Records, request: RequestRecord) -> None:
     request.since = records.now
     model.usage.prompted(request.prompt_tokens)
     expecting.tokenized(records, request)
+    weights, rows = model.weights, model.weights.positions(request.rows)
     # The rows have room even where the budget is full: one loader would fetch them by a fault as well.
-    rows = model.weights.absent_of(model.weights.positions(request.rows))
-    chosen = model.weights.first(rows, records.free)
-    if chosen:
-        records.move_segments(model, SegmentTrigger.LOAD, chosen)
+    absent = weights.first(weights.those(SegmentState.ABSENT, rows), records.free)
+    if absent:
+        records.move_segments(model, SegmentTrigger.LOAD, absent)
+    # Rows of a tied embedding are on their way since the request started, but as the last of the model.
+    urgent = absent if model.stopping else weights.those(SegmentState.LOADING, rows)
+    if urgent:
         model.planned = True
-        records.do(LoadRange(model.name, model.weights.ranges(chosen), Priority.ROWS), Why.PROMPT_ROWS)
+        records.do(LoadRange(model.name, weights.ranges(urgent), Priority.ROWS), Why.PROMPT_ROWS)
 
 
 def prepare(records: Records, request: RequestRecord) -> None:

@@ -300,10 +300,10 @@ class Weights:
         """What is absent in [start, end)."""
         return self.bytes_of(self._marked(_MARK[SegmentState.ABSENT], start, end))
 
-    def absent_of(self, positions: Positions) -> Positions:
-        """Those of these that are absent."""
-        absent = self._marked(_MARK[SegmentState.ABSENT], positions.start, positions.end)
-        both = int.from_bytes(absent.marks, "little") & int.from_bytes(positions.marks, "little")
+    def those(self, state: SegmentState, positions: Positions) -> Positions:
+        """Those of these that are in this state."""
+        marked = self._marked(_MARK[state], positions.start, positions.end)
+        both = int.from_bytes(marked.marks, "little") & int.from_bytes(positions.marks, "little")
         return Positions(positions.start, both.to_bytes(len(positions.marks), "little"))
 
     def tail(self, start: int, end: int, nbytes: int) -> Positions:
