@@ -7,8 +7,10 @@ CAP_SYS_ADMIN. Knows systemd and mounts, and no FlexServe.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 SYSTEMD = Path("/lib/systemd/systemd")
 _TOOLS = ("unshare", "nsenter", "mount", "pivot_root", "systemctl")
 _CAP_SYS_ADMIN = 21
+_PR_SET_PDEATHSIG = 1
 
 # $1: a directory for mounts, $2: the name of a cgroup to make below ours, $3: the unit, $4: what prepares its files
 _OUTER = r"""set -e
@@ -121,6 +124,7 @@ def systemd_box(directory: Path, unit: str, prepare: str) -> Iterator[Box]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=_end_with_us,  # noqa: PLW1509 (one system call)
     )
     try:
         yield Box(_init(outer))
@@ -128,6 +132,10 @@ def systemd_box(directory: Path, unit: str, prepare: str) -> Iterator[Box]:
         outer.kill()  # systemd dies with it, and all it runs with that
         outer.communicate()
         _sweep(directory, name)
+
+
+def _end_with_us() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _init(outer: subprocess.Popen[str]) -> int:

@@ -68,7 +68,7 @@ def answer(world: LinuxWorld) -> tuple[int, ...]:
 
 def every_thread(pid: int) -> list[dict[str, str]]:
     texts = [(task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
-    return [dict(re.findall(r"(\w+):\s*(.*)", text)) for text in texts]
+    return [dict(re.findall(r"(\w+):[ \t]*(.*)", text)) for text in texts]
 
 
 def is_out_of_reach(pid: int) -> bool:
@@ -180,6 +180,12 @@ def test_proc_confirms_what_doctor_says(world: LinuxWorld, seen: Probe, line_id:
 def test_control_of_its_twin_without_hardening_they_are_not_true(twin: LinuxWorld, line_id: str) -> None:
     assert twin.pid is not None
     assert not {**FACTS, **FACTS_OF_THE_FIRST}[line_id](twin.pid)
+
+
+def test_the_first_process_has_both_its_filters(world: LinuxWorld) -> None:
+    assert world.pid is not None
+    before = int(users.status("self")["Seccomp_filters"])
+    assert {int(thread["Seccomp_filters"]) - before for thread in every_thread(world.pid)} == {2}
 
 
 def test_memory_is_locked_where_the_process_says_so(world: LinuxWorld, seen: Probe) -> None:

@@ -64,6 +64,10 @@ CUTS: dict[str, tuple[tuple[Cut, ...], set[str]]] = {
         {"core"},
     ),
     "it is not filtered": ((NOT_FILTERED,), {"seccomp"}),
+    "it keeps the filter it was born with": (
+        (Cut(f"{LINUX}/hardening.py", "seccomp.install(syscalls.secure(os.getpid()))"),),
+        {"seccomp"},
+    ),
     "Landlock is not used": ((NO_LANDLOCK,), {"landlock"}),
     "it may gain privileges": (
         (

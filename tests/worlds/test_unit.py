@@ -22,6 +22,7 @@ from flexserve.worlds.linux import landlock, users
 from ..sealed_fixtures import SMALL
 from ..world_fixtures import Device, make_device
 from .systemd_box import Box, missing, systemd_box
+from .test_inspection import FACTS
 from .test_two_users import PYTHON, ROOT, SITES, ids, needs_python
 
 UNIT = ROOT / "packaging" / "flexserve.service"
@@ -170,6 +171,11 @@ def test_its_processes_are_three_users_behind_filters_without_a_power(service: B
         powers = {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd")}
         assert powers == ({0b111100000} if pid == starter else {0}), "KILL, SETGID, SETUID, SETPCAP"
         assert int(status["CapAmb"], 16) == 0
+
+
+@pytest.mark.parametrize("line_id", sorted(FACTS))
+def test_what_proc_shows_of_a_secure_process_holds_for_systemds_too(service: Box, line_id: str) -> None:
+    assert {FACTS[line_id](pid) for pid in secure_pids(service)} == {True}
 
 
 def test_the_device_key_is_a_credential_that_neither_of_them_can_read(service: Box) -> None:

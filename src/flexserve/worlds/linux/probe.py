@@ -56,7 +56,7 @@ class Look:
     capabilities: bool  # whether one has any
     reached: tuple[str, ...]  # the ways in that worked: names of FILES, "process_vm_readv", "ptrace"
     no_new_privs: bool  # all of them
-    seccomp: bool  # all of them
+    seccomp: bool  # all of them, by filters of their own
     core_limit_bytes: int | None  # None: no limit
     locked_bytes: int  # address space, of the first of them
     resident_bytes: int
@@ -165,7 +165,7 @@ class _Started:
             capabilities=any(int(s[name], 16) for s in status for name in ("CapEff", "CapPrm", "CapInh")),
             reached=reached,
             no_new_privs=all(s.get("NoNewPrivs") == "1" for s in status),
-            seccomp=all(s.get("Seccomp") == "2" for s in status),
+            seccomp=_filtered(status),
             core_limit_bytes=_core_limit(self.pid),
             locked_bytes=_bytes(status[0], "VmLck"),
             resident_bytes=_bytes(status[0], "VmRSS"),
@@ -227,6 +227,16 @@ def _attach(pid: int) -> bool:
     os.waitpid(pid, _WALL)
     _libc.ptrace(_PTRACE_DETACH, pid, None, None)
     return True
+
+
+def _filtered(status: list[dict[str, str]]) -> bool:
+    """Whether each of them has a filter of its own, and the first both of its filters.
+
+    A unit of systemd's puts filters on whatever it starts, this process too: only those on top of them count.
+    """
+    before = int(users.status("self").get("Seccomp_filters", "0"))
+    added = [int(s.get("Seccomp_filters", "2")) - before for s in status]  # no such line before Linux 5.9
+    return all(s.get("Seccomp") == "2" for s in status) and added[0] >= 2 and min(added) >= 1
 
 
 def _bytes(status: dict[str, str], field: str) -> int:
