@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import mmap
 import os
 import platform
 import re
@@ -344,6 +345,23 @@ def test_a_rule_allows_refuses_or_kills_by_name_and_by_argument() -> None:
 
 def test_a_call_that_no_rule_names_gets_the_default() -> None:
     assert run_filtered(program([Rule("exit_group")], KILL), os.getpid) == -signal.SIGSYS
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="x86-64 has a second gate and a second table of calls"
+)
+def test_this_kernel_ends_a_process_that_uses_the_32_bit_gate_or_x32_numbers() -> None:
+    gate = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    gate.write(bytes.fromhex("b814000000cd80c3"))  # mov eax, 20 (getpid of i386); int 0x80; ret
+    by_gate = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(gate)))
+    guarded = program([], ALLOW)
+    libc = ctypes.CDLL(None)
+    assert run_filtered(guarded, lambda: libc.syscall(0x40000000 | 39)) == -signal.SIGSYS
+    pid = os.fork()
+    if pid == 0:  # the control: a kernel without 32-bit programs ends it with another signal
+        os._exit(int(by_gate() != os.getpid()))
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+        assert run_filtered(guarded, by_gate) == -signal.SIGSYS
 
 
 def test_an_unknown_machine_is_an_error_that_names_it() -> None:
