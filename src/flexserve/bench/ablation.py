@@ -10,7 +10,6 @@ The ciphertext is never in the page cache. The steps turn their order from round
 
 from __future__ import annotations
 
-import os
 import secrets
 import statistics
 from contextlib import ExitStack, closing
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EngineFailure, Usage
+from ..flexmem.processors import PROCESSORS
 from . import cached, machine, processor
 from .cold_start import random_prompt
 from .files import Progress, Say, prepare_model
@@ -50,7 +50,7 @@ class AblationOptions:
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.threads or len(os.sched_getaffinity(0)), max(512, 2 * self.prompt_tokens), 2)
+        return Settings(self.threads or len(PROCESSORS), max(512, 2 * self.prompt_tokens), 2)
 
 
 def run(options: AblationOptions, say: Say, progress: Progress | None = None) -> dict[str, Any]:

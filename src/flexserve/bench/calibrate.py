@@ -6,7 +6,6 @@ of the 1B shape; reading uses its file. Under a minute after the first time.
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core import ROW_UNIT_SIZE, SEGMENT_SIZE
+from ..flexmem.processors import PROCESSORS
 from ..worlds.linux import calibration
 from ..worlds.linux.rates import decrypt_bytes_per_s, read_bytes_per_s
 from . import machine, memory, processor, rates
@@ -42,7 +42,7 @@ def calibrate(directory: Path, say: Say, progress: Progress | None = None) -> di
 
     Raises `StorageFailure`, `EngineFailure`.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = len(PROCESSORS)
     busy = processor.busy_cores(BUSY_S)
     if busy > BUSY_CORES:
         say(f"other programs keep {busy:.1f} cores busy: these rates are lower than this machine's")

@@ -8,7 +8,6 @@ sides.py; what the numbers come to, in report.py.
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EngineFailure, Usage
+from ..flexmem.processors import PROCESSORS
 from ..worlds.linux.rates import decrypt_bytes_per_s, read_bytes_per_s
 from . import machine, memory, processor, rates
 from .files import BenchModel, Progress, Say, prepare_model
@@ -71,7 +71,7 @@ class ColdStartOptions:
 
     @property
     def compute_threads(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or len(PROCESSORS)
 
     @property
     def long_prompt_tokens(self) -> int | None:

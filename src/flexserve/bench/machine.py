@@ -9,6 +9,7 @@ import resource
 from pathlib import Path
 
 from ..errors import EngineFailure
+from ..flexmem.processors import PROCESSORS
 from ..flexmem.uffd import libc
 
 WARM_TRIES = 4
@@ -87,7 +88,7 @@ def describe() -> dict[str, str | int]:
     )
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(PROCESSORS),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE,
         "kernel": platform.release(),
         "python": platform.python_version(),

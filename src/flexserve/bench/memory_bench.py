@@ -15,7 +15,6 @@ Knows the order of the parts and what they come to.
 
 from __future__ import annotations
 
-import os
 import secrets
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Usage
+from ..flexmem.processors import PROCESSORS
 from . import background, cached, decisions, lazy, machine, processor, recalls, session
 from .cold_start import random_prompt
 from .files import BenchModel, Progress, Say, prepare_model
@@ -64,7 +64,7 @@ class MemoryOptions:
 
     @property
     def settings(self) -> Settings:
-        threads = self.threads or len(os.sched_getaffinity(0))
+        threads = self.threads or len(PROCESSORS)
         return Settings(threads, max(SMALLEST_CONTEXT, 2 * self.prompt_tokens), 2)
 
 

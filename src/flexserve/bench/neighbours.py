@@ -14,7 +14,6 @@ Knows running worlds and processes; what the applications do is in neighbour.py.
 from __future__ import annotations
 
 import itertools
-import os
 import secrets
 import statistics
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Usage
+from ..flexmem.processors import PROCESSORS
 from . import machine, processor
 from .background import managed, press
 from .cold_start import random_prompt
@@ -69,7 +69,7 @@ class NeighboursOptions:
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.threads or len(os.sched_getaffinity(0)), max(512, 2 * self.prompt_tokens), 8)
+        return Settings(self.threads or len(PROCESSORS), max(512, 2 * self.prompt_tokens), 8)
 
 
 def run(options: NeighboursOptions, say: Say, progress: Progress | None = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ...core import ROW_UNIT_SIZE
 from ...errors import EngineFailure, FlexServeError, StorageFailure
 from ...flexmem import uffd
 from ...flexmem.loader import WORKERS
+from ...flexmem.processors import PROCESSORS
 from ...flexmem.uffd import UffdDeniedError, Userfaultfd
 from ...sealed.files import pwrite_all, replacing, xdg_directory
 from . import rates
@@ -94,12 +95,12 @@ def _fewest(by_count: dict[int, float]) -> int:
 
 def default() -> Tuning:
     """Without a calibration."""
-    return Tuning(len(os.sched_getaffinity(0)), WORKERS)
+    return Tuning(len(PROCESSORS), WORKERS)
 
 
 def check_undisturbed() -> None:
     """What is measured beside other programs would be wrong for every later start. Raises `EngineFailure`."""
-    count = len(os.sched_getaffinity(0))
+    count = len(PROCESSORS)
     wall, used = time.perf_counter(), time.process_time()
     rates.decrypt_bytes_per_s(DECRYPT_S, unit=ROW_UNIT_SIZE, threads=count)
     share = (time.process_time() - used) / (time.perf_counter() - wall) / count
@@ -111,7 +112,7 @@ def check_undisturbed() -> None:
 
 def measure(sealed: Path) -> Calibration:
     """Measure this machine, and the storage that this file is on. Raises `StorageFailure`."""
-    processors = tuple(sorted(os.sched_getaffinity(0)))
+    processors = tuple(sorted(PROCESSORS))
     count = len(processors)
     found = Rates(
         {depth: rates.read_bytes_per_s(sealed, READ_BYTES, depth=depth) for depth in DEPTHS},
@@ -157,7 +158,7 @@ def stored(path: Path | None = None) -> Calibration | None:
             found = msgspec.json.decode(file.read(MAX_FILE_BYTES), type=Calibration)
     except (OSError, msgspec.DecodeError, FlexServeError):
         return None
-    here = tuple(sorted(os.sched_getaffinity(0))), processor_name()
+    here = tuple(sorted(PROCESSORS)), processor_name()
     return found if _usable(found.rates) and (found.processors, found.processor) == here else None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from ...errors import (
     ModelUnsupported,
     WorldCrashed,
 )
+from ...flexmem.processors import PROCESSORS
 from ...framework.settings import Settings
 from ...sealed import statefile
 from ...sealed.trust import default_trust_dir
@@ -118,7 +118,7 @@ class LinuxWorld(WorkflowMethods):
             passphrase_file=None if passphrase_file is None else str(passphrase_file.absolute()),
             vendor_pub=None if vendor_pub is None else str(vendor_pub.absolute()),
             trust_dir=str((trust_dir or default_trust_dir()).absolute()),
-            threads=threads or len(os.sched_getaffinity(0)),
+            threads=threads or len(PROCESSORS),
             load_workers=load_workers,
             context_tokens=context_tokens,
             on_demand=on_demand,
