@@ -22,9 +22,12 @@ def set_budget(runner: Runner, message: SetBudget) -> BudgetReported | Failed:
     now = runner.budget()
     hard = now.hard_bytes if message.hard_bytes is None else message.hard_bytes
     floor = now.floor_bytes if message.floor_bytes is None else message.floor_bytes
-    if floor > hard or min(hard, floor, message.soft_bytes or 0) < 0:
+    if min(hard, floor, message.soft_bytes or 0) < 0:
+        return failed(InvalidRequest("a limit is below zero"), call=message.call)
+    if floor > hard:
         error = InvalidRequest(
-            f"limits are no sizes, or the floor of {floor} bytes is above the hard cap of {hard} bytes"
+            f"the floor of {floor} bytes is above the hard cap of {hard} bytes",
+            hint="lower the floor or raise the cap; both can be set in one call",
         )
         return failed(error, call=message.call)
     if (message.soft_bytes, message.hard_bytes, message.floor_bytes) != (None, None, None):
