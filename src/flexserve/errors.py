@@ -339,7 +339,7 @@ class StorageFailure(FlexServeError):
 
     code = "storage_failed"
     exit_code = 8
-    default_hint = "check that the path exists, who may write there, and the free space"
+    default_hint = "check that the path exists, who may read and write it, and the free space"
 
 
 class StateNotAuthentic(StorageFailure):
