@@ -5,10 +5,29 @@ What stops a bench, Ctrl-C or a SIGTERM to its group, does not reach the child, 
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import threading
 from types import TracebackType
 from typing import Self
+
+PATIENCE_S = 5.0
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process that ends with its input; one that is in the middle of an answer nobody wants is not waited for."""
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    timer = threading.Timer(PATIENCE_S, process.kill)  # a wait with a timeout looks every 50 ms only
+    timer.start()
+    try:
+        process.wait()
+    finally:
+        timer.cancel()
+    if process.stdout is not None:  # not before: it may be about to write
+        process.stdout.close()
 
 
 class Child:
@@ -44,13 +63,7 @@ class Child:
 
     def close(self) -> None:
         """End it; may be called twice."""
-        for pipe in (self._popen.stdin, self._popen.stdout):
-            if pipe is not None and not pipe.closed:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue
-        self._popen.wait()
+        end(self._popen)
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import EngineFailure
+from .child import end
 from .machine import peak_resident_bytes
 from .processor import busy_s
 
@@ -94,12 +95,7 @@ class PlainProcess:
 
     def close(self) -> None:
         """End it; may be called twice."""
-        for pipe in (self._in, self._out):
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                continue
-        self._popen.wait()
+        end(self._popen)
 
     def __enter__(self) -> PlainProcess:
         return self

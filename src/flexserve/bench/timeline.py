@@ -20,7 +20,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineFailure
+from ..flexmem.processors import PROCESSORS
 from . import machine, processor
+from .child import end
 from .files import MODEL_NAME, BenchModel
 from .memory import FreeMemory
 
@@ -111,7 +113,7 @@ class _Process:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._popen.communicate()
+        end(self._popen)
 
 
 class _Sampler:
@@ -153,7 +155,7 @@ def _serve(job: dict[str, Any]) -> None:
     from ..sealed.reader import SealedModel
     from ..sealed.trust import read_public_key
 
-    cores = len(os.sched_getaffinity(0))  # now: the engine may bind this thread to one of them
+    cores = len(PROCESSORS)
     zygote = TemplateZygote()
     zygote.start()
     llama.start()

@@ -90,7 +90,7 @@ def admin_routes(gateway: Gateway) -> list[Route]:
 
 def _check_answers(wanted: BudgetBody, status: WorldStatus) -> None:
     """A budget with which no model answers is a mistake: every request would wait in vain. A recall takes as much, and
-    what it took comes back with the next request. Raises `InvalidRequest`."""
+    the memory manager gives it back to whoever asks. Raises `InvalidRequest`."""
     answering = [model for model in status.models if not model.poisoned]
     if not answering:
         return
@@ -103,7 +103,7 @@ def _check_answers(wanted: BudgetBody, status: WorldStatus) -> None:
         raise InvalidRequest(
             f"with a budget of {size} bytes no model answers: {easiest.info.name!r} needs the least, "
             f"{easiest.least_bytes} bytes (keys and values, and a window of its weights)",
-            hint="set at least that; `flexserve recall all` takes memory back until the next request wants it",
+            hint="set at least that; `flexserve recall all` takes memory back for now",
         )
 
 
