@@ -30,7 +30,7 @@ def cells(row: str) -> list[str]:
 
 
 @functools.cache
-def tests_of(path: str) -> dict[str, list[str]]:
+def functions_of(path: str) -> dict[str, list[str]]:
     """The functions that pytest would collect from a file, each with its decorators."""
     tree = ast.parse((ROOT / path).read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -49,7 +49,7 @@ def test_every_guarantee_has_a_number_a_column_for_each_world_and_a_test() -> No
 @pytest.mark.parametrize(("path", "name"), sorted(set(NAMED)))
 def test_a_test_it_names_exists_and_is_run(path: str, name: str) -> None:
     assert re.fullmatch(r"tests/(\w+/)*test_\w+\.py", path)
-    found = tests_of(path)
+    found = functions_of(path)
     assert name in found, f"{path} has no {name}"
     assert not [d for d in found[name] if re.match(r"pytest\.mark\.(skip|xfail)\b", d)], "switched off"
 

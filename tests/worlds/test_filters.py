@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexserve.errors import EngineFailure
@@ -146,7 +146,7 @@ def test_every_other_way_out_is_refused_whatever_its_arguments(name: str, machin
             actions = {made(name, machine).decide(arch, table[call], some) for some in ARGUMENTS}
             assert actions <= {KILL, EPERM, EACCES, ENOSYS}, call
             asked += 1
-    assert asked > 50
+    assert asked >= 50
 
 
 def allowed(name: str, machine: str) -> set[int]:
@@ -390,6 +390,7 @@ def kernel_decides(instructions: bytes, call: int, asked: Iterable[tuple[int, ..
     return answers
 
 
+@settings(max_examples=25)  # each is a process
 @given(
     asked=st.lists(SIX, min_size=1, max_size=100), value=st.sampled_from([0, 1 << 32, 0xFFFF_FFFF_0000_0001])
 )

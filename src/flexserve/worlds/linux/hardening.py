@@ -2,8 +2,8 @@
 
     launch.py        not dumpable, no core: the first instructions
     harden           the same again, nobody traces it, no new privileges, EARLY filter: before any library of ours
-    confine          before the first byte of a model or a client: a user of its own, memory that is never swapped,
-                     Landlock, the SECURE filter
+    confine          before the first byte of a model or a client: a user of its own, memory that is never swapped, no
+                     page of code that can be written, Landlock, the SECURE filter
     confine_zygote   the same for the process that forks template processes; confine_template for those
 
 Knows Linux's calls and their order. Every measure works for an unprivileged process, but for the user of its
@@ -19,7 +19,7 @@ import threading
 from pathlib import Path
 
 from ...errors import EngineFailure
-from . import landlock, seccomp, syscalls, users
+from . import codepages, landlock, seccomp, syscalls, users
 from .channel import Measures
 
 # A compute thread per core, each staying where it is: they wait for each other hundreds of times per token, and a
@@ -90,6 +90,7 @@ def confine(user: int | None) -> Measures:
     program afterwards. Raises `EngineFailure` when a measure that this kernel has is refused.
     """
     locked = _lock_memory()
+    codepages.seal_code()
     if user is not None:
         users.become(user, user)
     else:
