@@ -123,11 +123,11 @@ def calls() -> list[Call]:
         nowhere = (0x40000000 | 172, 0x7FFFFFFF, 0xFFFFFFFF)
         found += [Call("none", name, asked, ZEROS, KILL) for asked in nowhere]
     for name in CONFINED:
-        for call, arguments in {**HARMLESS, **ALLOWED_TO[name]}.items():
-            action = expected(name, (*arguments, *ZEROS)[:6]).get(call, ALLOW)
+        for call, some in {**HARMLESS, **ALLOWED_TO[name]}.items():
+            action = expected(name, (*some, *ZEROS)[:6]).get(call, ALLOW)
             asked = number(call, MACHINE)
             assert action == ALLOW and asked is not None, call
-            found.append(Call(call, name, asked, arguments, action))
+            found.append(Call(call, name, asked, some, action))
     return found
 
 
@@ -153,7 +153,16 @@ def run_on_arm64(directory: Path, text: str) -> str:
     kernel = debian()
     assert kernel is not None
     (directory / "init.c").write_text(text)
-    build = [COMPILER, "-O1", "-static", "-Wall", "-Werror", "-o", directory / "init", directory / "init.c"]
+    build: list[str | Path] = [
+        COMPILER,
+        "-O1",
+        "-static",
+        "-Wall",
+        "-Werror",
+        "-o",
+        directory / "init",
+        directory / "init.c",
+    ]
     subprocess.run(build, check=True, timeout=120)
     (directory / "files").write_bytes(archive({"init": (0o100755, (directory / "init").read_bytes())}))
     done = subprocess.run(
