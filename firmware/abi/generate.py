@@ -20,7 +20,13 @@ ENUMS = {  # section: (Python class, C prefix, heading)
     "errors": ("Status", "ABI_", "Status"),
     "messages": ("Message", "MSG_", "Messages to the trusted OS"),
     "services": ("Service", "SVC_", "Services of the trusted OS stub"),
+    "request": ("RequestWord", "REQ_", "Words of the request page"),
     "internal": ("Internal", "INT_", "Between the levels of the firmware"),
+}
+NOTES = {
+    "request": "64-bit words from the start of the page at 0x7efff000, normal memory that is never donated. While "
+    "protection is off EL3 looks there every 10 ms, and answers at most every 50 ms. Nothing else in the page "
+    "means anything.",
 }
 
 
@@ -95,7 +101,10 @@ def document(abi: dict[str, Any]) -> str:
     out += _calls(abi["secure_calls"])
     for section, (_, _, heading) in ENUMS.items():
         rows = [(f"`{n}`", f"{v:#x}" if v > 0xFFFF else str(v), t) for n, (v, t) in abi[section].items()]
-        out += ["", f"## {heading}", "", *_table(("name", "value", "means"), rows)]
+        out += ["", f"## {heading}", ""]
+        if section in NOTES:
+            out += [NOTES[section], ""]
+        out += _table(("name", "value", "means"), rows)
     return "\n".join([*out, ""])
 
 
@@ -136,7 +145,7 @@ def check(abi: dict[str, Any]) -> None:
     ids += [value for value, _ in abi["internal"].values() if value > 0xFFFF]
     if len(ids) != len(set(ids)):
         raise ValueError("two calls have one id")
-    for section in ("states", "errors", "messages", "services"):
+    for section in ("states", "errors", "messages", "services", "request"):
         values = [value for value, _ in abi[section].values()]
         if len(values) != len(set(values)):
             raise ValueError(f"two {section} have one value")

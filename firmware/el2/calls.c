@@ -67,12 +67,19 @@ static void secure_service(struct monitor *m, struct call *call) {
 
 static void resume(struct monitor *m, struct call *call) { session_resume(m, call); }
 
+static void idle_window(struct monitor *m, struct call *call) {
+    (void)m;
+    machine_idle_window(call->arg[0]);
+    answer(call, ABI_OK, 0);
+}
+
 static const struct {
     u32 id;
     void (*serve)(struct monitor *m, struct call *call);
 } normal_calls[] = {
     {CALL_VERSION, version}, {CALL_DONATE, donate}, {CALL_RECLAIM, reclaim},     {CALL_RUN, run},
     {CALL_QUERY, query},     {CALL_STATS, stats},   {CALL_SECURE_CALL, secure_service}, {CALL_RESUME, resume},
+    {CALL_IDLE_WINDOW, idle_window},
 };
 _Static_assert(COUNT(normal_calls) == ABI_CALLS, "a call of monitor.toml has no row");
 

@@ -80,6 +80,8 @@ s64 smc(u64 r[5]) {
     return (s64)x0;
 }
 
+void machine_idle_window(u64 ticks) { smc((u64[5]){INT_EL2_WINDOW, ticks}); }
+
 static struct world_exit visit(u64 r[5]) {
     smc(r);
     return (struct world_exit){r[0], {r[1], r[2], r[3]}};

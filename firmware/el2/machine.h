@@ -16,6 +16,9 @@ void machine_table_barrier(void);
 /* All CPUs forget all stage-2 translations, and those derived from them. */
 void machine_flush(void);
 
+/* Protection goes off by itself after so many ticks without use. */
+void machine_idle_window(u64 ticks);
+
 /* Lists between the monitor and the trusted OS. In the monitor's memory; whoever has the session uses it. */
 extern u64 mailbox[ABI_MAX_BATCH];
 

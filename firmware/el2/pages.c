@@ -355,6 +355,8 @@ void pages_init(struct monitor *m) {
     for (u64 page = (DMA_BASE - DRAM_BASE) / PAGE_SIZE; page < (DMA_BASE + DMA_SIZE - DRAM_BASE) / PAGE_SIZE; page++)
         if (page < DRAM_PAGES && DEFENCE(D_DMA)) /* tests have less memory */
             m->entry[page] = ENTRY_DMA;
+    if ((REQUEST_PAGE - DRAM_BASE) / PAGE_SIZE < DRAM_PAGES && DEFENCE(D_DMA))
+        m->entry[(REQUEST_PAGE - DRAM_BASE) / PAGE_SIZE] = ENTRY_DMA;
 }
 
 s64 page_state(const struct monitor *m, u64 address) {

@@ -12,7 +12,7 @@
 #include "memlayout.h"
 #include "types.h"
 
-/* ENTRY_DMA: UNPROTECTED for ever, since devices reach it. Slots without a page have it, too. */
+/* ENTRY_DMA: UNPROTECTED for ever, since devices reach it, or EL3's answers to requests. Slots without a page have it, too. */
 enum page_entry { ENTRY_UNPROTECTED, ENTRY_DONATING, ENTRY_FLEX, ENTRY_CLAIMED, ENTRY_SCRUBBING, ENTRY_SCRUBBED, ENTRY_DMA };
 
 /* How stage 2 shows a block of DRAM. */

@@ -68,16 +68,21 @@ static void forward(struct frame *f) {
     f->x[0] = (u64)smc(r);
 }
 
-static void protect_off(struct frame *f) {
-    if (!session_close(false)) { /* first, so that no donation comes between the check and the end */
-        f->x[0] = (u64)ABI_BUSY;
-        return;
-    }
-    if ((monitor.flex || monitor.claimed) && DEFENCE(D_OFF))
-        f->x[0] = (u64)ABI_STATE;
-    else /* returns only when it could not be */
-        f->x[0] = (u64)smc((u64[5]){INT_EL2_FREEZE, (u64)f});
+/* EL1 goes on at `f` when protection is off; this returns only when it could not be. */
+static s64 turn_off(struct frame *f, bool by_itself) {
+    if (!session_close(false)) /* first, so that no donation comes between the check and the end */
+        return ABI_BUSY;
+    s64 status = ABI_STATE;
+    const bool wanted = by_itself && monitor.wanted; /* the request would be lost */
+    if (!(monitor.flex || monitor.claimed || wanted) || !DEFENCE(D_OFF))
+        status = smc((u64[5]){INT_EL2_FREEZE, (u64)f});
     session_open();
+    return status;
+}
+
+static void protect_off(struct frame *f) {
+    f->x[0] = ABI_OK;
+    f->x[0] = (u64)turn_off(f, false);
 }
 
 /* Flex-Mem survives a reset in DRAM: nobody can be in the trusted OS any more, and its pages are zeroed. */
@@ -138,6 +143,9 @@ void el2_exception(struct frame *f, u64 vector) {
     case EC_DATA_ABORT:
     case EC_INSTRUCTION_ABORT:
         return stage2_fault(f, cpu, esr);
+    case EC_IDLE: /* if it is refused, EL3 asks again later */
+        turn_off(f, true);
+        return;
     default:
         inject_undefined(f);
     }

@@ -12,6 +12,7 @@
 #define SCR_UNPROTECTED (0x30535ul & ~0x100ul) /* no HVC: nothing enters EL2 */
 #define HCR_UNPROTECTED (1ul << 31)          /* EL1 is AArch64, and that is all */
 #define RENDEZVOUS_SGI 15
+#define TIMER_PPI 29 /* the secure physical timer's */
 
 enum protection { PROTECTION_OFF, PROTECTION_ON, PROTECTION_TAMPERED };
 extern u32 protection;
@@ -44,6 +45,13 @@ void rendezvous_unlock(void);
 void rendezvous_answer(struct frame *f, u32 cpu);
 void protect_off(struct frame *f, u32 cpu);
 void protect_on(struct frame *f, u32 cpu);
+void protect_window(struct frame *f, u32 cpu);
+/* EL3's timer, one for each CPU that is on. Each interrupt, and each change of what it waits for, sets it anew. */
+void protect_start(void);
+void protect_used(void);
+void protect_tick(struct frame *f, u32 cpu);
+void timer_set(void);
+void timer_stop(void);
 void el2_ready(struct frame *f, u32 cpu);
 
 /* smmu.c: from here on devices reach the DMA window only. */

@@ -1,4 +1,4 @@
-/* GICv3: everything belongs to the normal world but one SGI, with which EL3 calls the other CPUs. */
+/* GICv3: everything belongs to the normal world but one SGI, with which EL3 calls the other CPUs, and EL3's timer. */
 #include "el3.h"
 
 static volatile u32 *reg(u64 base, u64 offset) { return (volatile u32 *)(base + offset); }
@@ -14,10 +14,11 @@ void gic_init_cpu(u32 cpu) {
     *reg(redistributor, 0x14) &= ~2u; /* WAKER: awake */
     while (*reg(redistributor, 0x14) & 4)
         ;
-    *reg(sgi, 0x80) = ~(1u << RENDEZVOUS_SGI); /* group 0: ours */
+    *reg(sgi, 0x80) = ~(1u << RENDEZVOUS_SGI | 1u << TIMER_PPI); /* group 0: ours */
     *reg(sgi, 0xd00) = 0;
-    *reg(sgi, 0x40c) &= 0x00ffffff; /* its priority is the highest */
-    *reg(sgi, 0x100) = 1u << RENDEZVOUS_SGI;
+    *reg(sgi, 0x40c) &= 0x00ffffff; /* their priority is the highest */
+    *reg(sgi, 0x41c) &= 0xffff00ff;
+    *reg(sgi, 0x100) = 1u << RENDEZVOUS_SGI | 1u << TIMER_PPI;
 
     write_reg(icc_sre_el3, 0xf);
     isb();

@@ -108,6 +108,7 @@ _Noreturn void el3_main(u32 cpu) {
         load_images();
         __atomic_store_n(&el3_awake, 1, __ATOMIC_RELEASE);
         gic_init_cpu(cpu);
+        protect_start();
         world_boot(&f);
         el3_leave(&f);
     }
@@ -124,6 +125,8 @@ static void smc_from_el2(struct frame *f, u32 cpu) {
         return el2_ready(f, cpu);
     case INT_EL2_FREEZE:
         return protect_off(f, cpu);
+    case INT_EL2_WINDOW:
+        return protect_window(f, cpu);
     case INT_WORLD_ENTER:
     case INT_WORLD_REPLY:
     case INT_WORLD_RESUME:
@@ -167,8 +170,11 @@ void el3_exception(struct frame *f, u64 vector) {
     } else if (vector == 8 && EC(read_reg(esr_el3)) == EC_REGISTER && !secure && SPSR_LEVEL(f->spsr) < 2 && DEFENCE(D_TRAPS)) {
         inject_undefined(f); /* a register of group-0 interrupts */
     } else if (vector == 10 || vector == 14) { /* FIQ */
-        if (gic_acknowledge() == RENDEZVOUS_SGI)
+        const u32 id = gic_acknowledge();
+        if (id == RENDEZVOUS_SGI)
             rendezvous_answer(f, cpu);
+        else if (id == TIMER_PPI)
+            protect_tick(f, cpu);
         else if (secure)
             world_preempt(f, cpu);
     } else {

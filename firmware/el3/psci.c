@@ -11,6 +11,7 @@ extern u32 el3_awake;
 static bool is(u32 mask, u32 cpu) { return __atomic_load_n(&mask, __ATOMIC_ACQUIRE) >> cpu & 1; }
 
 _Noreturn void cpu_park(u32 cpu) {
+    timer_stop();
     while (!is(__atomic_load_n(&wanted_on, __ATOMIC_ACQUIRE), cpu)) {
         gic_acknowledge();
         if (!is(__atomic_load_n(&wanted_on, __ATOMIC_ACQUIRE), cpu))
@@ -26,6 +27,7 @@ _Noreturn void cpu_park(u32 cpu) {
         enter_el2(&f, cpu, false);
     __atomic_fetch_or(&online, 1u << cpu, __ATOMIC_ACQ_REL);
     rendezvous_unlock(); /* whoever turned us on took it */
+    timer_set();
     el3_leave(&f);
 }
 

@@ -58,12 +58,14 @@ static void enter(struct frame *f, u32 cpu) {
     isb();
     visitor = cpu;
     state = OS_INSIDE;
+    protect_used();
 }
 
 static void leave(struct frame *f, u32 cpu, u32 next, u64 kind, const u64 value[3]) {
     const bool whole = next != OS_CALLING;
     save(&secure, f, whole);
     state = next;
+    protect_used();
     restore(&normal[cpu], f, whole);
     f->x[0] = kind;
     for (u32 i = 0; i < 3; i++)

@@ -56,7 +56,8 @@ static void finding(const char *why, u32 id) {
 
 /* Records of eight bytes: what, and up to three numbers. The manager's honest steps are single records, too. */
 int LLVMFuzzerTestOneInput(const u8 *data, size_t size) {
-    static const u32 ids[] = {CALL_VERSION, CALL_DONATE, CALL_RECLAIM, CALL_RUN, CALL_QUERY, CALL_STATS, CALL_SECURE_CALL, CALL_RESUME};
+    static const u32 ids[] = {CALL_VERSION, CALL_DONATE, CALL_RECLAIM, CALL_RUN, CALL_QUERY, CALL_STATS, CALL_SECURE_CALL, CALL_RESUME,
+                               CALL_IDLE_WINDOW};
     u64 r[RESULTS] = {0}, ticket = 0, value;
     host_reset();
     for (; size >= 8; size -= 8, data += 8) {

@@ -14,6 +14,7 @@ void machine_copy(u64 *to, u64 from, u64 words) {
 }
 void machine_zero_page(u64 address) { memset(memory[(address - DRAM_BASE) / PAGE_SIZE], 0, PAGE_SIZE); }
 void machine_table_barrier(void) {}
+void machine_idle_window(u64 ticks) { (void)ticks; }
 void machine_flush(void) { memset(cached, 0, sizeof(cached)); }
 
 /* As stage2_walk says for every page, by blocks: fuzzing does little else. */

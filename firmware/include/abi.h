@@ -10,6 +10,7 @@
 #define ABI_ITEM_BLOCK 1 /* bit 0 of an item: the item is a block, not a page */
 #define ABI_MODE_SYNC 0 /* RECLAIM returns when the pages are back */
 #define ABI_MODE_ASYNC 1 /* RECLAIM returns when the pages are chosen */
+#define ABI_REQUEST_ON 1 /* in the request page: turn protection on */
 
 /* Page states */
 #define PAGE_UNPROTECTED 0 /* the normal world reads and writes it */
@@ -46,9 +47,15 @@
 #define SVC_CHECKSUM 4 /* sum of all 64-bit words of its Flex-Mem, and the number of pages */
 #define SVC_SPIN 5 /* reads its Flex-Mem so many times (argument 1): long enough to be interrupted */
 
+/* Words of the request page */
+#define REQ_REQUEST 0 /* the normal world writes REQUEST_ON; EL3 writes 0 when it has answered, and when protection changes */
+#define REQ_ANSWER 1 /* status of the last switch: OK or TAMPERED */
+#define REQ_STATE 2 /* whether protection is on, as PROTECT_STATUS tells it */
+
 /* Between the levels of the firmware */
 #define INT_EL2_READY 0xc3000301u /* EL2 to EL3: this CPU's EL2 is set up, enter EL1 */
 #define INT_EL2_FREEZE 0xc3000302u /* EL2 to EL3: turn stage 2 off; x1 the EL1 frame to go on with */
+#define INT_EL2_WINDOW 0xc3000306u /* EL2 to EL3: the idle window is x1 ticks */
 #define INT_WORLD_ENTER 0xc3000303u /* EL2 to EL3: send a message (x1 to x4) to the trusted OS; returns WORLD_* */
 #define INT_WORLD_REPLY 0xc3000304u /* EL2 to EL3: answer the trusted OS's secure call (x1, x2) */
 #define INT_WORLD_RESUME 0xc3000305u /* EL2 to EL3: go on where an interrupt stopped the trusted OS */
@@ -70,6 +77,7 @@
 #define CALL_PROTECT_OFF 0xc3000108u
 #define CALL_PROTECT_ON 0xc3000109u
 #define CALL_PROTECT_STATUS 0xc300010au
+#define CALL_IDLE_WINDOW 0xc600010bu
 
 /* secure calls */
 #define SCALL_ALLOC 0xf2000201u
@@ -78,7 +86,7 @@
 #define SCALL_RELEASE 0xf2000204u
 
 /* rows the firmware's call tables must have */
-#define ABI_CALLS 8
+#define ABI_CALLS 9
 #define ABI_SCALLS 4
 
 #endif

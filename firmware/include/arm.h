@@ -3,12 +3,17 @@
 #define ARM_H
 #include "types.h"
 
+#ifndef REGISTERS_PLAYED /* by host/switch.c */
 #define read_reg(name) ({ u64 v_; __asm__ volatile("mrs %0, " #name : "=r"(v_)); v_; })
 #define write_reg(name, value) __asm__ volatile("msr " #name ", %0" : : "r"((u64)(value)) : "memory")
 #define isb() __asm__ volatile("isb" : : : "memory")
 #define dsb() __asm__ volatile("dsb sy" : : : "memory")
 #define wfi() __asm__ volatile("wfi" : : : "memory")
 #define pause() __asm__ volatile("yield" : : : "memory")
+#define forget_el1() __asm__ volatile("tlbi alle1\n dsb sy\n isb" : : : "memory")
+/* Memory and our cache agree about this line, which others use uncached. */
+#define agree(line) __asm__ volatile("dc civac, %0\n dsb sy" : : "r"(line) : "memory")
+#endif
 
 #define MODE_EL1H 0x3c5ul /* with all interrupts masked */
 #define MODE_EL2H 0x3c9ul
@@ -20,6 +25,7 @@
 #define EC_REGISTER 0x18
 #define EC_INSTRUCTION_ABORT 0x20
 #define EC_DATA_ABORT 0x24
+#define EC_IDLE 0x3ful /* no machine's: EL3 asks EL2 whether protection can go off */
 
 #define MDCR_NO_SECURE_DEBUG (1ul << 16)
 #define MDCR_SECURE_COUNT (1ul << 17) /* EL3's register */

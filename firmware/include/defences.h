@@ -30,6 +30,8 @@
 #define D_SMMU (1u << 22)    /* devices reach the DMA window only */
 #define D_DMA (1u << 23)     /* which cannot be donated */
 #define D_RESTART (1u << 24) /* the SMMU is set up anew before protection is on again */
+#define D_FIXED (1u << 25)   /* requests are read and answered in one page, which nobody can move */
+#define D_PACE (1u << 26)    /* and only so often */
 #define M_BATCH (1u << 31)   /* no defence: `tz bench` compares with one TLB invalidation per page */
 
 #ifdef CONTROLS

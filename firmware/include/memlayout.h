@@ -55,6 +55,8 @@
 /* The only memory that devices reach: a block below the last one of normal memory. No page of it is ever donated. */
 #define DMA_BASE (EL2_BASE - 2 * BLOCK_SIZE)
 #define DMA_SIZE BLOCK_SIZE
+/* The last page of normal memory: where a normal world that cannot make SMCs asks for protection. Never donated. */
+#define REQUEST_PAGE (EL2_BASE - PAGE_SIZE)
 #define NORMAL_BASE 0x40080000ul
 /* Where QEMU's loader puts Linux, its device tree and its first files; worlds/trustzone/linux.py knows them, too. */
 #define LINUX_KERNEL 0x40200000ul

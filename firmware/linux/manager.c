@@ -3,7 +3,9 @@
  * It pins memory, learns where it lies, stops mapping it (so that nobody meets a protected page through this process),
  * and donates it. Pressure (PSI), little available memory, or `take` makes it reclaim; a chunk whose pages are all back
  * goes to the kernel again.
- * Lines on standard input: give PAGES, take PAGES, fill VALUE, sum, stats, quit. One line of answer for each.
+ * While nothing is given for a while protection goes off by itself; any call turns it on again (monitor.c), if it can be.
+ * Lines on standard input: give PAGES, take PAGES, fill VALUE, sum, stats, window MILLISECONDS (0: never off), protection,
+ * quit. One line of answer for each.
  *
  * It must not die while it has given memory: the kernel would use protected pages. It ends on quit and SIGTERM, after
  * taking everything back, and asks the kernel never to choose it when memory is short. */
@@ -23,6 +25,7 @@
 #define PRESSURE "some 20000 1000000" /* stalls of 20 ms within a second */
 #define SHORT_KIB (64 * 1024)         /* of available memory: without swap the kernel kills before it stalls for long */
 #define LOOK_MS 200                   /* so often, while there is something to take back */
+#define IDLE_MS 5000                  /* without use, and protection goes off */
 #define AT_ONCE (16 * CHUNK)          /* pages taken back when the kernel is short of memory */
 
 struct chunk {
@@ -34,8 +37,20 @@ static struct chunk *chunks;
 static uint64_t given;
 static volatile sig_atomic_t ending;
 
+/* The counter's ticks: CNTFRQ_EL0 of them are a second. */
+static struct result window(uint64_t milliseconds) {
+    uint64_t frequency;
+    __asm__("mrs %0, cntfrq_el0" : "=r"(frequency));
+    return monitor_call(CALL_IDLE_WINDOW, frequency / 1000 * milliseconds, 0, 0);
+}
+
 static void give(uint64_t pages) {
-    uint64_t done = 0, ticket = want(pages);
+    uint64_t done = 0, ticket;
+    if (monitor_call(CALL_VERSION, 0, 0, 0).status == ABI_TAMPERED) {
+        printf("refused: EL2 was tampered with, protection stays off\n");
+        return;
+    }
+    ticket = want(pages);
     while (done < pages && given < CHUNKS) {
         struct chunk *c = &chunks[given];
         struct pinned p = pin(CHUNK);
@@ -100,10 +115,17 @@ static void command(char *line) {
     } else if (!strcmp(word, "stats")) {
         struct result r = monitor_call(CALL_STATS, 0, 0, 0);
         printf("flex %ld claimed %lu wanted %lu\n", (long)r.status, (unsigned long)r.x1, (unsigned long)r.x2);
+    } else if (!strcmp(word, "window")) {
+        printf("window, status %ld\n", (long)window(value).status);
+    } else if (!strcmp(word, "protection")) { /* no call: that would turn it on */
+        static const char *const names[] = {"off", "on", "tampered"};
+        const uint64_t state = monitor_says(REQ_STATE);
+        printf("protection %s\n", state < 3 ? names[state] : "unknown");
     } else if (!strcmp(word, "quit")) {
         ending = 1;
     } else {
-        printf("unknown: give PAGES (a multiple of %lu), take PAGES, fill VALUE, sum, stats, quit\n", CHUNK);
+        printf("unknown: give PAGES (a multiple of %lu), take PAGES, fill VALUE, sum, stats, window MILLISECONDS, "
+               "protection, quit\n", CHUNK);
     }
 }
 
@@ -139,6 +161,7 @@ int main(int argc, char **argv) {
     if (pressure < 0 || write(pressure, PRESSURE, sizeof(PRESSURE)) < 0)
         fail("/proc/pressure/memory");
     struct pollfd on[] = {{.fd = 0, .events = POLLIN}, {.fd = pressure, .events = POLLPRI}};
+    window(IDLE_MS);
     printf("manager ready\n");
     static char line[128];
     while (!ending) {

@@ -19,8 +19,13 @@ struct result {
 
 /* Ends the program with a message when there is no way to the monitor. */
 void monitor_open(void);
+/* OFF when protection is: nothing is at the trap page then, and the kernel sends SIGBUS. */
 struct result monitor_once(uint64_t id, uint64_t a, uint64_t b, uint64_t c);
-/* To its end: again while another CPU is in the way, resumed after interrupts. */
+/* Ask EL3 for protection, in the request page, and wait for the answer. False: EL2 was tampered with, and it stays off. */
+bool monitor_wake(void);
+/* A REQ_* word of the request page. */
+uint64_t monitor_says(uint64_t word);
+/* To its end: with protection on, again while another CPU is in the way, resumed after interrupts. May answer TAMPERED. */
 struct result monitor_call(uint64_t id, uint64_t a, uint64_t b, uint64_t c);
 
 /* Pages that neither move nor go, whether or not anything maps them: pinned as an io_uring's buffer. */

@@ -167,6 +167,44 @@ static void bench_switch(void) {
     }
 }
 
+/* The way of a normal world without SMCs: off by the idle window, on by a word in the request page. */
+static void bench_request(void) {
+    volatile u64 *const page = (volatile u64 *)REQUEST_PAGE;
+    start_second_cpu();
+    for (u32 round = 0; round < 9; round++) {
+        const u64 window = read_reg(cntfrq_el0) / 10;
+        check(call_monitor(CALL_IDLE_WINDOW, window, 0, 0, NULL) == ABI_OK, "window");
+        u64 start = now();
+        while (page[REQ_STATE] == 1)
+            pause();
+        sample("idle_off", now() - start);
+        start = now();
+        page[REQ_REQUEST] = ABI_REQUEST_ON;
+        while (page[REQ_REQUEST] == ABI_REQUEST_ON)
+            pause();
+        sample("request_on", now() - start);
+        check(page[REQ_ANSWER] == ABI_OK && page[REQ_STATE] == 1, "request");
+    }
+}
+
+/* With -icount: the longest time between two looks at the counter is that in which EL3's timer came. */
+static u64 longest_gap(u64 ticks) {
+    u64 start = now(), last = start, longest = 0;
+    for (u64 at; (at = now()) - start < ticks; last = at)
+        longest = at - last > longest ? at - last : longest;
+    return longest;
+}
+
+static void bench_polls(void) {
+    const u64 half_second = read_reg(cntfrq_el0) / 2;
+    for (u32 round = 0; round < 3; round++) {
+        sample("gap_on", longest_gap(half_second / 10));
+        check(call_firmware(CALL_PROTECT_OFF, 0, 0, 0, NULL) == ABI_OK, "off");
+        sample("gap_off", longest_gap(half_second / 10));
+        check(call_firmware(CALL_PROTECT_ON, 0, 0, 0, NULL) == ABI_OK, "on");
+    }
+}
+
 /* The named workload of stage2_overhead_percent: 2^16 records of 168 bytes, sorted by heaps. Many TLB misses. */
 static u64 record(u64 i) { return POOL + i * 168 + PAGE_SIZE; }
 
@@ -219,5 +257,5 @@ static void bench_stage2(void) {
 
 const struct bench benches[] = {
     {"pages", bench_pages}, {"pages-alone", bench_pages_alone}, {"blocks", bench_blocks}, {"carve-out", bench_carve_out}, {"calls", bench_calls},
-    {"switch", bench_switch}, {"stage2", bench_stage2}, {NULL, NULL},
+    {"switch", bench_switch}, {"request", bench_request}, {"polls", bench_polls}, {"stage2", bench_stage2}, {NULL, NULL},
 };

@@ -120,7 +120,7 @@ static bool malformed(struct outcome *out, bool twin) {
         put_item(0, items[i]);
         bad += donate(ticket, 1, r) >= 0;
     }
-    for (u64 id = CALL_RESUME + 1; id < CALL_RESUME + 64; id++)
+    for (u64 id = CALL_IDLE_WINDOW + 1; id < CALL_IDLE_WINDOW + 64; id++)
         bad += call_monitor(id, VICTIM, 1, 1, r) != ABI_NOT_SUPPORTED;
     out->seen = bad ? "accepted" : "all refused";
     out->value = bad;
@@ -129,7 +129,7 @@ static bool malformed(struct outcome *out, bool twin) {
 
 /* The internal calls by SMC. */
 static bool internal_smc(struct outcome *out, bool twin) {
-    const u64 ids[] = {INT_EL2_READY, INT_EL2_FREEZE, INT_WORLD_ENTER, INT_WORLD_REPLY, INT_WORLD_RESUME, INT_SEL1_READY,
+    const u64 ids[] = {INT_EL2_READY, INT_EL2_FREEZE, INT_WORLD_ENTER, INT_WORLD_REPLY, INT_WORLD_RESUME, INT_EL2_WINDOW, INT_SEL1_READY,
                        INT_SEL1_DONE, SCALL_ALLOC, SCALL_CLAIM, SCALL_SCRUB, SCALL_RELEASE};
     u64 r[4], served = 0;
     for (u64 i = 0; i < COUNT(ids); i++)

@@ -74,5 +74,6 @@ u64 checksum(void) {
 void clean_up(void) {
     u64 taken;
     call_firmware(CALL_PROTECT_ON, 0, 0, 0, NULL);
+    call_monitor(CALL_IDLE_WINDOW, 0, 0, 0, NULL);
     reclaim(DRAM_PAGES, ABI_MODE_SYNC, &taken);
 }

@@ -186,7 +186,8 @@ static bool same(const char *a, const char *b) {
 }
 
 static const struct attack *find(const char *id) {
-    const struct attack *const tables[] = {memory_attacks, call_attacks, protect_attacks, system_attacks, debug_attacks, dma_attacks};
+    const struct attack *const tables[] = {memory_attacks, call_attacks, protect_attacks, system_attacks, debug_attacks, dma_attacks,
+                                           request_attacks};
     for (u64 i = 0; i < COUNT(tables); i++)
         for (const struct attack *attack = tables[i]; attack->id; attack++)
             if (same(attack->id, id))

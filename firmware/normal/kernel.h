@@ -63,7 +63,8 @@ struct attack {
     const char *id;
     bool (*run)(struct outcome *out, bool twin);
 };
-extern const struct attack memory_attacks[], call_attacks[], protect_attacks[], system_attacks[], debug_attacks[], dma_attacks[];
+extern const struct attack memory_attacks[], call_attacks[], protect_attacks[], system_attacks[], debug_attacks[], dma_attacks[],
+    request_attacks[];
 /* Measurements: `time NAME` on the UART. */
 struct bench {
     const char *id;

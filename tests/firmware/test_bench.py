@@ -19,6 +19,7 @@ TIMED = {
     "async": [300_000, 400_000, 400_000],
     "carve_out": [90_000_000],
     "switch_on": [2_000_000],
+    "request_on": [6_000_000, 7_000_000, 30_000_000],
     "workload_on": [105, 210, 400],
     "workload_off": [100, 200, 300],
 }
@@ -38,6 +39,7 @@ def test_numbers_are_medians_and_ratios_of_medians() -> None:
     assert got["protect_batch_ratio"] == 100
     assert got["async_return_percent"] == pytest.approx(100 * 0.4 / 21)
     assert got["hvc_instructions"] == 108
+    assert got["request_on_ms"] == 7
     assert got["linux_boot_s"] == 3
     assert got["stage2_overhead_percent"] == pytest.approx(5)
 
@@ -85,6 +87,22 @@ def test_a_call_takes_no_more_instructions_than_promised() -> None:
     rounds = counted["hvc_10000"]
     assert max(rounds) - min(rounds) <= 4 * TICK, "instruction counts repeat, but for the clock's ticks"
     assert max(rounds) / 10_000 <= 150
+
+
+@pytest.mark.slow
+@needs_tools
+def test_a_look_at_the_request_page_takes_few_instructions_and_none_while_protection_is_on() -> None:
+    counted = bench.measure(firmware.build().flash, ["polls"], bench.ICOUNT)
+    look = max(counted["gap_off"]) - max(counted["gap_on"])
+    assert 50 < look <= 500
+
+
+@pytest.mark.slow
+@needs_tools
+def test_protection_goes_off_by_itself_after_the_window_and_comes_on_by_request() -> None:
+    timed = bench.measure(firmware.build().flash, ["request"])
+    assert min(timed["idle_off"]) >= 90_000_000, "not before the window of 100 ms is over"
+    assert len(timed["request_on"]) == 9
 
 
 @pytest.mark.slow

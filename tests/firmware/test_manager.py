@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 
@@ -19,6 +20,8 @@ pytestmark = [
 PATTERN = 7
 WORDS = 512
 WAIT_S = attacks.ATTACK_S
+STATE_WORD = 0x7EFFF010  # of the request page
+EL2_CODE = 0x7F000000  # the first instruction
 START = """
 mkfifo /tmp/orders
 manager </tmp/orders &
@@ -57,6 +60,45 @@ def test_pages_are_given_and_come_back_and_the_manager_leaves_nothing_behind() -
         assert order(machine, "stats", "flex ") == "flex 3072 claimed 0 wanted 0"
         assert pages_of(order(machine, "quit", "ending: ")) == 3072
         order(machine, "sh:sync; echo alive", "alive")
+
+
+def until_protection_is(machine: Machine, state: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while order(machine, "protection", "protection ") != f"protection {state}":
+        assert time.monotonic() < deadline, f"protection is never {state}"
+
+
+def test_protection_goes_off_when_nothing_is_given_and_comes_back_when_the_manager_needs_it() -> None:
+    with linux.boot(linux.find(), START + PASS_ON) as machine:
+        machine.wait_for("manager ready", WAIT_S)
+        assert order(machine, "window 300", "window,") == "window, status 0"
+        until_protection_is(machine, "off")
+        assert pages_of(order(machine, "give 512", "gave ")) == 512
+        assert order(machine, f"fill {PATTERN}", "filled") == "filled, status 0"
+        order(machine, "sh:usleep 2000000; echo waited", "waited")
+        assert order(machine, "protection", "protection ") == "protection on", "pages are given"
+        assert order(machine, "sum", "sum ") == f"sum {PATTERN * WORDS * 512:#x} of 512 pages"
+        assert pages_of(order(machine, "take 512", "took ")) == 512
+        until_protection_is(machine, "off")
+        # Whatever the page says: a store to the trap page is SIGBUS now, and the manager asks again.
+        order(machine, f"sh:devmem {STATE_WORD:#x} 64 1; echo lied", "lied")
+        assert pages_of(order(machine, "give 512", "gave ")) == 512
+        assert pages_of(order(machine, "quit", "ending: ")) == 512
+
+
+def test_an_el2_that_linuxs_root_changed_while_protection_was_off_is_refused_until_it_is_as_before() -> None:
+    with linux.boot(linux.find(), START + PASS_ON) as machine:
+        machine.wait_for("manager ready", WAIT_S)
+        order(machine, "window 300", "window, status 0")
+        until_protection_is(machine, "off")
+        before = order(machine, f"sh:devmem {EL2_CODE:#x} 32", "0x")
+        order(machine, f"sh:devmem {EL2_CODE:#x} 32 0; echo changed", "changed")
+        refused = "refused: EL2 was tampered with, protection stays off"
+        assert order(machine, "give 512", "refused") == refused
+        assert order(machine, "protection", "protection ") == "protection tampered"
+        order(machine, f"sh:devmem {EL2_CODE:#x} 32 {before}; echo restored", "restored")
+        assert pages_of(order(machine, "give 512", "gave ")) == 512
+        assert pages_of(order(machine, "quit", "ending: ")) == 512
 
 
 def test_when_memory_is_short_the_manager_takes_back_and_nobody_is_killed() -> None:

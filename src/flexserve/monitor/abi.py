@@ -9,6 +9,7 @@ MAX_BATCH = 16384  # items in one list: 64 MiB as pages
 ITEM_BLOCK = 1  # bit 0 of an item: the item is a block, not a page
 MODE_SYNC = 0  # RECLAIM returns when the pages are back
 MODE_ASYNC = 1  # RECLAIM returns when the pages are chosen
+REQUEST_ON = 1  # in the request page: turn protection on
 
 
 class State(IntEnum):
@@ -58,11 +59,20 @@ class Service(IntEnum):
     SPIN = 5  # reads its Flex-Mem so many times (argument 1): long enough to be interrupted
 
 
+class RequestWord(IntEnum):
+    """Words of the request page."""
+
+    REQUEST = 0  # the normal world writes REQUEST_ON; EL3 writes 0 when it has answered, and when protection changes
+    ANSWER = 1  # status of the last switch: OK or TAMPERED
+    STATE = 2  # whether protection is on, as PROTECT_STATUS tells it
+
+
 class Internal(IntEnum):
     """Between the levels of the firmware."""
 
     EL2_READY = 0xC3000301  # EL2 to EL3: this CPU's EL2 is set up, enter EL1
     EL2_FREEZE = 0xC3000302  # EL2 to EL3: turn stage 2 off; x1 the EL1 frame to go on with
+    EL2_WINDOW = 0xC3000306  # EL2 to EL3: the idle window is x1 ticks
     WORLD_ENTER = 0xC3000303  # EL2 to EL3: send a message (x1 to x4) to the trusted OS; returns WORLD_*
     WORLD_REPLY = 0xC3000304  # EL2 to EL3: answer the trusted OS's secure call (x1, x2)
     WORLD_RESUME = 0xC3000305  # EL2 to EL3: go on where an interrupt stopped the trusted OS
@@ -87,6 +97,7 @@ class Call(IntEnum):
     PROTECT_OFF = 0xC3000108
     PROTECT_ON = 0xC3000109
     PROTECT_STATUS = 0xC300010A
+    IDLE_WINDOW = 0xC600010B
 
 
 class SecureCall(IntEnum):
