@@ -31,6 +31,7 @@ CREDENTIAL = "/run/credentials/flexserve.service/device.key"
 CAP_RESOURCE = 24
 WHY_NOT = missing()
 pytestmark = [
+    pytest.mark.slow,
     needs_python,
     pytest.mark.skipif(WHY_NOT is not None, reason=f"no systemd of its own here: {WHY_NOT}"),
 ]
