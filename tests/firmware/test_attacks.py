@@ -50,7 +50,9 @@ def test_debians_kernel_boots_on_two_cpus_sees_no_hidden_memory_and_powers_off()
             machine.wait_for("no such line", attacks.ATTACK_S)
 
 
-@pytest.mark.parametrize(("name", "times"), [("preempt-storm", 40), ("psci-storm", 3), ("race-access", 5)])
+@pytest.mark.parametrize(
+    ("name", "times"), [("preempt-storm", 40), ("psci-storm", 3), ("race-access", 5), ("request-words", 3)]
+)
 def test_what_depends_on_chance_holds_again_and_again(name: str, times: int) -> None:
     assert [seen for seen in attacks.repeat(name, times) if seen.achieved is not False] == []
 

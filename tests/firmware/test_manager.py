@@ -86,6 +86,22 @@ def test_protection_goes_off_when_nothing_is_given_and_comes_back_when_the_manag
         assert pages_of(order(machine, "quit", "ending: ")) == 512
 
 
+def test_protection_goes_off_and_comes_on_with_cpus_that_come_and_go() -> None:
+    cpu1 = "/sys/devices/system/cpu/cpu1/online"
+    with linux.boot(linux.find(), START + PASS_ON) as machine:
+        machine.wait_for("manager ready", WAIT_S)
+        order(machine, "window 300", "window, status 0")
+        until_protection_is(machine, "off")
+        for online in (0, 1):
+            order(machine, f"sh:echo {online} >{cpu1}; echo switched", "switched")
+            assert pages_of(order(machine, "give 512", "gave ")) == 512
+            order(machine, f"sh:echo {1 - online} >{cpu1}; echo back", "back")
+            assert order(machine, "stats", "flex ") == "flex 512 claimed 0 wanted 0"
+            assert pages_of(order(machine, "take 512", "took ")) == 512
+            until_protection_is(machine, "off")
+        assert pages_of(order(machine, "quit", "ending: ")) == 0
+
+
 def test_an_el2_that_linuxs_root_changed_while_protection_was_off_is_refused_until_it_is_as_before() -> None:
     with linux.boot(linux.find(), START + PASS_ON) as machine:
         machine.wait_for("manager ready", WAIT_S)
