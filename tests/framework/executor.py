@@ -238,6 +238,7 @@ class Executor:
                 self._queue_kv(request, lambda answer: self._grant(answer, kv_tokens))
             case ef.SuspendRequest(request):
                 self._queue_kv(request, self._suspend)
+                self._queue(f"kv {self.answers[request].session}", lambda: [ev.RequestPaused(request)])
             case ef.ResumeRequest(request, kv_tokens):
                 self._queue_kv(request, lambda answer: self._resume(answer, kv_tokens))
             case ef.Reject(request, code, message, hint):
@@ -449,6 +450,9 @@ class Executor:
                 assert kv.memory is not None, f"session {name} is marked {record.state}, and not in memory"
         largest = max((p.unit_bytes for i in self.images.values() for p in i.parts), default=0)
         slack = LOADERS * largest * max(len(self.images), 1)
+        for model in records.models.values():
+            if records.computes(model):  # the batch that ends keeps what it needs
+                slack += records.window(model)
         assert held <= records.budget + slack, f"{held} bytes held, budget {records.budget}"
         assert records.settings.floor_bytes <= records.budget <= records.settings.cap_bytes
         for request in records.active.values():

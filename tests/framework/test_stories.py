@@ -257,6 +257,29 @@ def test_below_the_budget_of_one_model_it_still_answers_and_streams_the_tail() -
     assert made.answers["r1"].ended == "finished"
 
 
+def test_a_batch_keeps_what_it_needs_just_now_until_it_has_ended() -> None:
+    made = world(replace(SETTINGS, floor_bytes=0), models="a")
+    made.ask("r1", Answer("a", "a/s", 10))
+    made.drain()
+    made.touch("a", 50)
+    made.post(ev.ComputeAt("a", 50))
+    made.post(ev.PressureRecall(1, 10_000 * MIB))
+    assert effects(made, ef.SuspendRequest)
+    while made.queues and (key := next((k for k in made.queues if k.startswith("arena")), None)):
+        made.run(key)  # the compute thread is in the middle of a batch
+    assert 50 in made.images["a"].state
+    assert made.images["a"].resident < 50 * MIB  # all else has gone
+    assert made.recalls  # and the recall is not over
+    made.check()
+    made.drain()  # it comes to its stop
+    assert made.images["a"].resident == 0
+    assert not made.recalls
+    made.check()
+    made.post(ev.BudgetSet(200 * MIB))
+    made.drain()
+    assert made.answers["r1"].state == "computing"
+
+
 def test_a_request_takes_memory_from_idle_models_and_never_from_one_that_computes() -> None:
     made = world(replace(SETTINGS, budget_bytes=150 * MIB), models="ab")
     answer(made, "r1", "a")

@@ -111,6 +111,13 @@ class KvGrowing:
 
 
 @dataclass(frozen=True)
+class RequestPaused:
+    """A request that was told to stop has stopped: from now on it touches no weights until it is resumed."""
+
+    request: str
+
+
+@dataclass(frozen=True)
 class RequestFinished:
     """The answer ended, well or not. `tokens` are in its session now; `keep`: the KV may be used again."""
 
@@ -226,6 +233,7 @@ Event = (
     | PromptTokenized
     | DecodeStarted
     | KvGrowing
+    | RequestPaused
     | RequestFinished
     | RequestCancelled
     | SessionFound

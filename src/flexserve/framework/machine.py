@@ -121,7 +121,8 @@ def _settle(records: Records, event: ev.Event) -> None:
 
 
 def _finish_recalls(records: Records) -> None:
-    freed, nothing_leaves = records.ledger.freed, not records.ledger.leaving
+    freed = records.ledger.freed
+    nothing_leaves = not records.ledger.leaving and not any(r.stops for r in records.active.values())
     for recall in list(records.recalls):
         kv_is_back = records.ledger.freed_kv >= recall.kv_goal or not records.ledger.leaving_kv
         if (freed >= recall.goal and kv_is_back) or nothing_leaves:
@@ -289,6 +290,14 @@ def _decode_started(records: Records, event: ev.DecodeStarted) -> None:
         expecting.expect(records, request)
 
 
+def _request_paused(records: Records, event: ev.RequestPaused) -> None:
+    request = records.requests.get(event.request)
+    if request is None or request.state != RequestState.SUSPENDED:
+        return records.note(Why.LATE)
+    request.stops = False
+    return None
+
+
 def _kv_growing(records: Records, event: ev.KvGrowing) -> None:
     request = records.requests.get(event.request)
     if request is None:
@@ -410,9 +419,11 @@ def _pressure_recall(records: Records, event: ev.PressureRecall) -> None:
         at = records.now + event.deadline_s
         records.deadline = at if records.deadline is None else min(at, records.deadline)
     later = reclaim.enforce(records)
-    chosen = min(ledger.leaving - leaving, promised)
+    over = max(ledger.held - ledger.leaving - records.budget, 0)
+    kept = min(over, reclaim.kept_for_batches(records))
+    chosen = min(ledger.leaving - leaving + kept, promised)
     records.do(
-        AnswerRecall(event.call, chosen, min(later, chosen)),
+        AnswerRecall(event.call, chosen, min(later + kept, chosen)),
         Why.CHOSEN,
         asked=event.nbytes,
         present=present,
@@ -472,6 +483,7 @@ _HANDLERS: dict[type[Any], Callable[[Records, Any], None]] = {
     ev.PromptTokenized: _prompt_tokenized,
     ev.DecodeStarted: _decode_started,
     ev.KvGrowing: _kv_growing,
+    ev.RequestPaused: _request_paused,
     ev.RequestFinished: _request_finished,
     ev.RequestCancelled: _request_cancelled,
     ev.SessionFound: _session_found,

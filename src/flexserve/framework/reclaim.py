@@ -84,6 +84,8 @@ def choose(
     """
     chosen: list[Choice] = []
     for stage in stages:
+        if stage == Stage.UNSAVED_SESSIONS:  # what batches need just now comes when they have ended
+            needed -= kept_for_batches(records)
         if needed <= 0:
             break
         for choice in _at(records, stage, needed, keep, spare):
@@ -161,6 +163,16 @@ def streamed_from(records: Records, model: ModelRecord) -> int | None:
     return weights.forward(weights.fill_from, max(room - records.window(model), 0))
 
 
+def kept_for_batches(records: Records) -> int:
+    """Weights that go when the batches that compute on them have ended: their requests stop then, because the budget
+    has no room for a stream's window."""
+    return sum(
+        model.weights.present_bytes(*_needed_now(records, model))
+        for model in records.models.values()
+        if records.computes(model) and records.in_use() + records.window(model) > records.budget
+    )
+
+
 def zone(records: Records, model: ModelRecord) -> Span:
     """Positions that compute may be at now, and those it needs next."""
     weights, settings = model.weights, records.settings
@@ -169,21 +181,37 @@ def zone(records: Records, model: ModelRecord) -> Span:
     return max(behind, weights.fill_from), max(weights.forward(at, records.ahead(model)), at + 1)
 
 
+def _needed_now(records: Records, model: ModelRecord) -> Span:
+    """Of the zone, what a batch cannot do without: no more than a stream's window."""
+    weights, window = model.weights, records.window(model)
+    at = max(model.compute_at, weights.fill_from)
+    begin = max(weights.backward(at, window // 2), weights.fill_from)
+    end = weights.forward(begin, window)
+    if end <= at:
+        begin, end = at, max(weights.forward(at, window), at + 1)
+    return begin, min(end, weights.count)
+
+
 def stretches(records: Records, model: ModelRecord) -> tuple[list[Span], list[Span]]:
     """A model that computes: what of a streamed tail has passed by, and the rest; needed last comes first.
 
-    Each stretch is taken from its end.
+    Each stretch is taken from its end. What a batch needs just now stays until it has ended, whatever the budget: its
+    threads would take it away from each other, and it would not end.
     """
     low, high = zone(records, model)
     weights = model.weights
     start, count = streamed_from(records, model), weights.count
+    last = [(low, high)]
+    if records.computes(model):
+        begin, end = _needed_now(records, model)
+        last = [(max(end, low), high), (low, min(begin, high))]
     if start is None:
-        return [], [(high, count), (0, low), (low, high)]
+        return [], [(high, count), (0, low), *last]
     # The tail's beginning is read ahead for the next token while compute is still in the prefix.
     top = max(high, weights.forward(start, records.ahead(model)))
     if low >= start:
-        return [(start, low), (top, count)], [(0, start), (low, top)]
-    return [(top, count)], [(max(high, start), top), (min(high, start), start), (0, low), (low, high)]
+        return [(start, low), (top, count)], [(0, start), (high, top), *last]
+    return [(top, count)], [(max(high, start), top), (min(high, start), start), (0, low), *last]
 
 
 def _oldest(records: Records, states: tuple[SessionState, ...], keep: Keep) -> list[SessionRecord]:
@@ -262,6 +290,7 @@ def suspend(records: Records, request: RequestRecord, why: Why, *, wanted_tokens
     records.move_session(records.sessions[request.session], SessionTrigger.CLOSE)
     request.wanted_tokens = max(wanted_tokens, request.kv_tokens)
     request.since = records.now
+    request.stops = True
     records.do(SuspendRequest(request.name), why)
 
 

@@ -117,6 +117,7 @@ class RequestRecord:
     priority: int = 0
     overtaken: int = 0  # by requests that arrived later, while it could start
     decoding: bool = False  # its first token is there
+    stops: bool = False  # it is suspended, and its last batch is computed still
     client: str = ""  # a digest
     next_model: str = ""  # that its client named
     prefix: str = ""  # a digest of how its prompt begins
@@ -228,6 +229,13 @@ class Records:
             s.nbytes
             for s in self.in_memory.values()
             if s.readers or s.state in (SessionState.OPEN, SessionState.RESTORING)
+        )
+
+    def computes(self, model: ModelRecord) -> bool:
+        """Whether a batch is computed with it, or may be still: who is told to stop ends its batch first."""
+        return model.active > 0 and any(
+            r.model == model.name and (r.state == RequestState.RUNNING or r.stops)
+            for r in self.active.values()
         )
 
     def in_use(self) -> int:

@@ -297,6 +297,7 @@ def resume(records: Records, request: RequestRecord, *, at_any_price: bool = Fal
     records.move_session(session, SessionTrigger.OPEN, nbytes=session.nbytes + more)
     request.kv_tokens = max(request.kv_tokens, request.wanted_tokens)
     records.move_request(request, RequestTrigger.RESUME)
+    request.stops = False
     why = Why.KV_FAILED if at_any_price else Why.ENOUGH
     records.do(ResumeRequest(request.name, request.kv_tokens), why)
 

@@ -300,6 +300,10 @@ class Weights:
         """What is absent in [start, end)."""
         return self.bytes_of(self._marked(_MARK[SegmentState.ABSENT], start, end))
 
+    def present_bytes(self, start: int, end: int) -> int:
+        """What could be taken in [start, end)."""
+        return self.bytes_of(self._marked(_MARK_PRESENT, start, end))
+
     def those(self, state: SegmentState, positions: Positions) -> Positions:
         """Those of these that are in this state."""
         marked = self._marked(_MARK[state], positions.start, positions.end)

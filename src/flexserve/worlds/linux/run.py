@@ -146,6 +146,7 @@ class Run:
         began = time.perf_counter()
         assert self._beginning is not None
         self._runner.put_away(self._beginning.session, done=put_away)
+        self._runner.post(ev.RequestPaused(self.name))
         with self._changed:
             self._changed.wait_for(lambda: not self._suspended or self._over)
             self.suspended_s += time.perf_counter() - began
