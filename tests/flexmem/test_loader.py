@@ -26,6 +26,7 @@ from .helpers import (
     Image,
     RefusedError,
     Toucher,
+    close,
     eventually,
     holds,
     indices,
@@ -162,6 +163,27 @@ def test_a_page_that_compute_waits_for_comes_before_the_plan(
     loader.wait()
     assert source.fetched[1].first == 7
     assert loader.times().fault_wait_s > 0
+
+
+def test_who_reads_on_through_small_segments_gets_more_of_them_with_each_fault(faults: Userfaultfd) -> None:
+    made = Arena(regions(embed=(PAGE_SIZE, 200 * PAGE_SIZE)), faults)
+    image = Image(made.length)
+    loader = Loader(made, FakeSource(image), faults, workers=1)
+    try:
+        for index in (150, 20, 90):
+            touch(address(made, index))
+        assert made.segments_in(SegmentState.RESIDENT) == [
+            20,
+            90,
+            150,
+        ]  # rows of a prompt: no more than these
+        touch(made.base, 200 * PAGE_SIZE)
+        assert 200 <= len(made.segments_in(SegmentState.RESIDENT)) < 208
+        assert loader.times().faults < 40
+        assert all(holds(made, image, made.span(i)) for i in range(1, 201))
+    finally:
+        loader.close()
+        close(made, faults)
 
 
 def test_compute_can_run_far_ahead_of_a_plan(loader: Loader, arena: Arena, source: FakeSource) -> None:

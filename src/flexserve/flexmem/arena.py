@@ -161,10 +161,11 @@ class Arena:
             self._mark(first, count, SegmentState.LOADING)
             return self.span(first, count)
 
-    def claim_fault(self, offset: int, planned: Sequence[Range] = ()) -> Span | None:
+    def claim_fault(self, offset: int, planned: Sequence[Range] = (), run: int = 1) -> Span | None:
         """What to load because a thread waits at an image offset; None when nothing is to be done (any more).
 
-        The segment there, with the other one of the same huge page if that is `planned` too.
+        The segment there, with the other one of the same huge page if that is `planned` too; of small segments up to
+        `run`, of half a huge page at most.
         """
         page = offset & ~(PAGE_SIZE - 1)
         with self._lock:
@@ -182,6 +183,12 @@ class Arena:
                     return None
                 self._drop_lost(span)
             first, count = self._absent_around(index, planned)
+            end, most = (
+                self._region_end(first),
+                min(run, uffd.HUGE_PAGE // 2 // span.length, self.block(first)),
+            )
+            while count < most and first + count < end and self._state[first + count] == SegmentState.ABSENT:
+                count += 1
             self._mark(first, count, SegmentState.LOADING)
             return self.span(first, count)
 

@@ -34,6 +34,8 @@ FAULT_TIMEOUT_S = 60.0  # storage that is silent for longer ends the request
 WATCH_PERIOD_S = 1.0
 REPORT_BYTES = 32 << 20  # of planned spans; those that compute waited for are told of at once
 REPORT_PERIOD_S = 0.02
+RUN_LIMIT = 64  # small segments that one fault brings at most
+RUNS = 16  # of faults that may be gone on with: a few for each compute thread
 LOOK_AHEAD = 8  # ranges of a plan: what compute waits for is near its beginning
 
 
@@ -339,20 +341,29 @@ class Loader:
         poll = select.poll()
         poll.register(self._faults.fd, select.POLLIN)
         poll.register(self._stop_read, select.POLLIN)
+        runs: dict[
+            int | None, int
+        ] = {}  # segment -> how many are read from there, if a thread comes to wait for it
         while not self._closing:
             poll.poll()
             for address in self._faults.faults():
                 offset = address - self.arena.base
                 with self._lock:
                     ahead = [one for plan in self._plans for one in islice(plan, LOOK_AHEAD)]
-                span = self.arena.claim_fault(offset, ahead)
+                segment = self.arena.segment_at(offset)
+                run = runs.pop(segment, 1)
+                span = self.arena.claim_fault(offset, ahead, run)
+                if span is not None:  # a thread that goes on behind it gets twice as much at once
+                    runs[span.first + span.count] = min(2 * run, RUN_LIMIT)
+                    if len(runs) > RUNS:
+                        del runs[next(iter(runs))]
                 with self._lock:
                     self._times = replace(self._times, faults=self._times.faults + 1)
                     if span is not None:
                         self._waiting[span.first] = time.perf_counter()
                         self._urgent.append(span)
                         self._work_to_do.notify()
-                if self._listener is not None and (segment := self.arena.segment_at(offset)) is not None:
+                if self._listener is not None and segment is not None:
                     self._listener.computes_at(segment)
 
     def _watch(self) -> None:
