@@ -6,7 +6,6 @@ between two tokens and gives the memory back, so that compute has to wait for th
 
 from __future__ import annotations
 
-import os
 import random
 import secrets
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 
 from ..core import SEGMENT_SIZE, Finished, Token
 from ..errors import EngineFailure, Usage
+from ..flexmem.processors import PROCESSORS
 from . import machine
 from .cold_start import random_prompt
 from .files import Progress, Say, prepare_model
@@ -54,7 +54,7 @@ def run(options: EqualityOptions, say: Say, progress: Progress | None = None) ->
     seed = secrets.randbits(32) if options.seed is None else options.seed
     model = prepare_model(options.directory, options.shape, options.quant, say, progress)
     prompt = random_prompt(seed, options.shape, options.prompt_tokens)
-    threads = options.threads or len(os.sched_getaffinity(0))
+    threads = options.threads or len(PROCESSORS)
     settings = Settings(threads, options.prompt_tokens + options.tokens, options.tokens)
     say(f"seed {seed}")
     with closing(SealedWorld(model, settings, warm_up=prompt[:1])) as world:

@@ -6,7 +6,6 @@ preparation are those of `bench workflows`; every request is a run of one step.
 
 from __future__ import annotations
 
-import os
 import secrets
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Usage
+from ..flexmem.processors import PROCESSORS
 from . import machine, workflow_file
 from .files import Progress, Say
 from .stats import Spread
@@ -54,7 +54,7 @@ class GroupsOptions:
 
     @property
     def compute_threads(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or len(PROCESSORS)
 
 
 def run(options: GroupsOptions, say: Say, progress: Progress | None = None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ our own pipeline, sealed files and saved conversations, so that only caching and
 
 from __future__ import annotations
 
-import os
 import secrets
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Usage
+from ..flexmem.processors import PROCESSORS
 from . import machine, workflow_file
 from .files import Progress, Say, prepare_model
 from .shapes import shape_named
@@ -64,7 +64,7 @@ class WorkflowsOptions:
 
     @property
     def compute_threads(self) -> int:
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or len(PROCESSORS)
 
     def chosen(self, file: WorkflowFile) -> tuple[Workflow, ...]:
         """Raises `NotFound`, `Usage`."""
