@@ -35,7 +35,7 @@ class _Vault:
     """Pages cut into slots. One for the process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage collection may give a slot while one is taken
         self._free: list[memoryview] = []
         self.ordinary = False
         self.is_secret: bool | None = None  # None: nothing was kept yet
@@ -44,7 +44,7 @@ class _Vault:
         with self._lock:
             if not self._free:
                 page = memoryview(self._page()).cast("B")
-                self._free = [page[at : at + SLOT_BYTES] for at in range(0, _PAGE, SLOT_BYTES)]
+                self._free.extend(page[at : at + SLOT_BYTES] for at in range(0, _PAGE, SLOT_BYTES))
             return self._free.pop()
 
     def give(self, slot: memoryview) -> None:
