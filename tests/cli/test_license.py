@@ -65,7 +65,13 @@ def test_bad_calls_have_their_own_exit_codes_and_change_nothing(sealed: Shell) -
     sealed.fails(3, line.replace("m.flex", "none.flex"))
     sealed.fails(2, line.replace("-o m.lic", "-o m.flex"))
     sealed.ok("keys vendor -o other.key")
-    assert "vendor_not_trusted" in sealed.fails(4, line.replace("vendor.key", "other.key"))
+    error = sealed.fails(4, line.replace("vendor.key", "other.key"))
+    assert error.startswith(
+        "error: m.flex was sealed with another vendor key than other.key (vendor_not_trusted)\n"
+        "hint: give the key it was sealed with as --vendor"
+    )
+    error = sealed.fails(2, line.replace("device.pub", "vendor.pub"))
+    assert "vendor.pub is the vendor's own public key" in error
     assert (sealed.directory / "m.lic").read_bytes() == before
 
 

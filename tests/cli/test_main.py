@@ -43,12 +43,27 @@ def test_every_listed_verb_loads_and_explains_itself(shell: Shell) -> None:
 
 def test_errors_are_lower_case_with_a_hint_and_a_code(shell: Shell) -> None:
     assert shell.fails(2, "seal") == (
-        "error: missing argument 'MODEL.gguf'\nhint: `flexserve seal --help` shows how it is called\n"
+        "error: missing argument 'MODEL.gguf' (usage)\nhint: `flexserve seal --help` shows how it is called\n"
     )
     assert shell.fails(3, "inspect none.flex") == (
         "error: there is no sealed model none.flex (not_found)\nhint: check the name and the directory\n"
     )
     assert shell("").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("budget 2X", "invalid value for 'SIZE': '2X' is not a size like 512M, 1.5G or 1GB (usage)"),
+        (
+            "serve --model m=m.flex --port 80x",
+            "invalid value for '--port': '80x' is not a valid integer (usage)",
+        ),
+        ("fly", "no such command 'fly' (usage)"),
+    ],
+)
+def test_a_wrong_call_is_explained_as_every_other_error_is(shell: Shell, line: str, error: str) -> None:
+    assert shell.fails(2, line).startswith(f"error: {error}\nhint: `flexserve")
 
 
 def test_the_program_itself_reports_its_version_and_its_errors() -> None:

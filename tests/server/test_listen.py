@@ -86,10 +86,20 @@ def test_a_directory_open_to_others_is_refused_by_server_and_client(directory: P
     directory.chmod(mode)
     with pytest.raises(StorageFailure, match="open to other users") as caught:
         ServerClient(path)
-    assert caught.value.hint == f"chmod 700 {directory}"
+    assert "`mkdir -m 700 DIR`" in caught.value.hint
+    assert "--admin-socket DIR/admin.sock" in caught.value.hint
+    assert "chmod" not in caught.value.hint, "it may be /tmp"
     admin.close()
     with pytest.raises(StorageFailure, match="open to other users"):
         AdminSocket(path)
+
+
+def test_an_open_directory_is_named_in_full(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory.chmod(0o755)
+    monkeypatch.chdir(directory)
+    with pytest.raises(StorageFailure) as caught:
+        AdminSocket(Path("admin.sock"))
+    assert caught.value.message == f"{directory} is open to other users"
 
 
 def test_a_directory_of_somebody_else_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +147,7 @@ def test_a_host_that_is_not_ours_is_a_clear_error(host: str) -> None:
     with pytest.raises(FlexServeError) as caught:
         listen_tcp(host, 0)
     assert caught.value.exit_code == 2
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)])

@@ -10,7 +10,7 @@ import click
 from ..errors import Usage
 from . import bench_memory, bench_workflows
 from .bench_options import DIRECTORY, JSON, PROMPT_TOKENS, QUANT, SHAPE, THREADS, measure, names, require_plot
-from .common import human_bytes, sigterm_interrupts
+from .common import Whole, human_bytes, sigterm_interrupts
 from .display import note, table
 
 
@@ -23,9 +23,7 @@ def command() -> None:
 @SHAPE
 @QUANT
 @PROMPT_TOKENS
-@click.option(
-    "--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds per memory state."
-)
+@click.option("--rounds", type=Whole(1, 100), default=3, show_default=True, help="Rounds per memory state.")
 @click.option(
     "--states",
     callback=names,

@@ -18,7 +18,7 @@ from .bench_options import (
     measure,
     names,
 )
-from .common import human_bytes
+from .common import Whole, human_bytes
 from .display import table
 from .sizes import Size
 
@@ -29,7 +29,7 @@ from .sizes import Size
 @PROMPT_TOKENS
 @click.option(
     "--session-tokens",
-    type=click.IntRange(64, 16384),
+    type=Whole(64, 16384),
     default=1024,
     show_default=True,
     help="Length of the conversation that is saved and restored.",
@@ -154,7 +154,7 @@ def _pressure(part: dict[str, Any]) -> str:
 @SEED
 @click.option(
     "--threads",
-    type=click.IntRange(1, 256),
+    type=Whole(1, 256),
     default=1,
     show_default=True,
     help="Compute threads of each world.",
@@ -302,12 +302,10 @@ def _ablation(result: dict[str, Any]) -> str:
 @SHAPE
 @QUANT
 @PROMPT_TOKENS
-@click.option(
-    "--tokens", type=click.IntRange(2, 65536), default=512, show_default=True, help="Length of the answer."
-)
+@click.option("--tokens", type=Whole(2, 65536), default=512, show_default=True, help="Length of the answer.")
 @click.option(
     "--segments",
-    type=click.IntRange(2, 1 << 20),
+    type=Whole(2, 1 << 20),
     default=1024,
     show_default=True,
     help="How many segments are to be lost during it, at least.",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .common import print_json, progress_bar, sigterm_interrupts
+from .common import Whole, print_json, progress_bar, sigterm_interrupts
 from .display import note
 
 Options = TypeVar("Options")
@@ -65,14 +65,14 @@ SHAPE = click.option(
 QUANT = click.option("--quant", default="Q8_0", show_default=True, help="F16, Q8_0, Q4_0, Q4_K_M or IQ4_NL.")
 THREADS = click.option(
     "--threads",
-    type=click.IntRange(1, 256),
+    type=Whole(1, 256),
     callback=lambda _context, _parameter, value: value or 0,
     help="Compute threads. [default: all cores]",
 )
-ROUNDS = click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds.")
+ROUNDS = click.option("--rounds", type=Whole(1, 100), default=3, show_default=True, help="Rounds.")
 PROMPT_TOKENS = click.option(
-    "--prompt-tokens", type=click.IntRange(1, 65536), default=128, show_default=True, help="Prompt length."
+    "--prompt-tokens", type=Whole(1, 65536), default=128, show_default=True, help="Prompt length."
 )
 SEED = click.option(
-    "--seed", type=click.IntRange(0, (1 << 32) - 1), help="Repeat a run's choices. [default: a new one]"
+    "--seed", type=Whole(0, (1 << 32) - 1), help="Repeat a run's choices. [default: a new one]"
 )

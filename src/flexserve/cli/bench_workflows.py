@@ -19,6 +19,7 @@ from .bench_options import (
     names,
     require_plot,
 )
+from .common import Whole
 from .display import table
 from .sizes import Size
 
@@ -30,7 +31,7 @@ POLICIES = click.option(
 )
 WARM = click.option(
     "--warm",
-    type=click.IntRange(0, 100),
+    type=Whole(0, 100),
     default=2,
     show_default=True,
     help="Passes before the first round, for FlexServe to learn.",
@@ -59,7 +60,7 @@ PLOT = click.option(
 @WARM
 @click.option(
     "--wrong",
-    type=click.IntRange(0, 100),
+    type=Whole(0, 100),
     default=3,
     show_default=True,
     help="Wrong guesses of prefetch to measure.",
@@ -105,12 +106,10 @@ def workflows(*, policies: tuple[str, ...], plot: Path | None, as_json: bool, **
 )
 @POLICIES
 @ROUNDS
-@click.option(
-    "--requests", type=click.IntRange(1, 10000), default=8, show_default=True, help="Requests a round."
-)
+@click.option("--requests", type=Whole(1, 10000), default=8, show_default=True, help="Requests a round.")
 @PROMPT_TOKENS
 @click.option(
-    "--output-tokens", type=click.IntRange(1, 65536), default=32, show_default=True, help="Length of answers."
+    "--output-tokens", type=Whole(1, 65536), default=32, show_default=True, help="Length of answers."
 )
 @WARM
 @click.option(

@@ -28,6 +28,12 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 SAME_SIGNAL_S = 2.0
 
 
+class Whole(click.IntRange):
+    """A whole number between limits; click would call other text "not a valid integer range"."""
+
+    name = "integer"
+
+
 def print_error(error: FlexServeError) -> None:
     """`error: message (code)` and `hint: ...`, on stderr."""
     click.echo(f"error: {error.message} ({error.code})", err=True)

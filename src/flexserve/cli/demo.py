@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .bench_options import JSON
-from .common import human_bytes, print_json, sigterm_interrupts
+from .common import Whole, human_bytes, print_json, sigterm_interrupts
 from .display import milliseconds, note, printable, table
 from .sizes import Size
 
@@ -27,7 +27,7 @@ def command() -> None:
 )
 @click.option(
     "--rounds",
-    type=click.IntRange(2, 100),
+    type=Whole(2, 100),
     default=4,
     show_default=True,
     help="How often each workflow runs.",
@@ -39,7 +39,7 @@ def command() -> None:
     default=0,
     help="For weights, keys and values. [default: 55 % of the weights]",
 )
-@click.option("--threads", type=click.IntRange(1, 256), help="Compute threads. [default: all cores]")
+@click.option("--threads", type=Whole(1, 256), help="Compute threads. [default: all cores]")
 @JSON
 def agents(
     *, models: Path | None, rounds: int, budget_bytes: int, threads: int | None, as_json: bool

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..errors import StorageFailure, Usage
+from ..errors import StorageFailure, Usage, VendorNotTrusted
 from ..sealed.files import opened, pwrite_all, replacing
 from ..sealed.format import MAX_INTEGER, MAX_TIME
 from ..sealed.keyfile import load_vendor_key
@@ -61,8 +61,19 @@ def command(
         raise Usage(f"--serial {serial} must be 1 to {MAX_INTEGER}")
     key = load_vendor_key(vendor, passphrase_source(passphrase_file))
     device_pub = DevicePublicKey.from_pem(read_small(device), str(device))
+    if device_pub.key_id == key.public.key_id:
+        raise Usage(
+            f"{device} is the vendor's own public key, not a device's",
+            hint="`flexserve keys device` makes the device's, on the device; give its .pub file",
+        )
     with opened(model, "sealed model") as fd:
-        sealed = SealedModel.open(fd, [key.public])
+        try:
+            sealed = SealedModel.open(fd, [key.public])
+        except VendorNotTrusted:  # whom this machine trusts has no part in it
+            raise VendorNotTrusted(
+                f"{model} was sealed with another vendor key than {vendor}",
+                hint="give the key it was sealed with as --vendor, or seal the model again with this one",
+            ) from None
         data = issue(
             sealed,
             key,

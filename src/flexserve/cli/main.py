@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
-from ..errors import FlexServeError
+from ..errors import FlexServeError, Usage
 from .common import print_error, was_interrupted
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -79,13 +79,19 @@ class LazyGroup(click.Group):
             error.show()
             sys.exit(error.exit_code)
         except click.UsageError as error:
+            if (
+                isinstance(error, click.BadParameter)
+                and isinstance(error.param, click.Argument)
+                and error.ctx
+            ):
+                error.param_hint = f"'{error.param.make_metavar(error.ctx).strip('[].')}'"  # SIZE, not [SIZE]
             message = error.format_message()
-            click.echo(f"error: {message[:1].lower()}{message[1:].rstrip('.')}", err=True)
+            click.echo(f"error: {message[:1].lower()}{message[1:].rstrip('.')} ({Usage.code})", err=True)
             if error.ctx is not None:
                 click.echo(f"hint: `{error.ctx.command_path} --help` shows how it is called", err=True)
             sys.exit(error.exit_code)
         except click.ClickException as error:
-            click.echo(f"error: {error.format_message()}", err=True)
+            click.echo(f"error: {error.format_message()} ({FlexServeError.code})", err=True)
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             _exit_interrupted()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ..worlds import WorldOptions, make_world
 from ..worlds.base import ModelSource, World
 from .common import (
     FILE,
+    Whole,
     device_key_option,
     human_bytes,
     passphrase_option,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from ..server.gateway import Gateway
 
 MIN_KEY_CHARS = 16
+_NO_PATH = re.compile("(adapter|scale)=")
 PROTECTION = {
     "linux": "linux world: weights, prompts and KV are kept from other users, core dumps and logs; "
     "not from root, nor from this user (docs/threat-model.md, `flexserve doctor`)",
@@ -64,9 +67,12 @@ class ModelOption(click.ParamType[Any]):
 
 
 def _paths(text: str) -> tuple[Path, Path | None]:
-    """M.flex[,M.lic]. Raises `ValueError`."""
+    """M.flex[,M.lic]. Raises `ValueError`.
+
+    A comma may be part of a path, as long as it cannot be that a part of the option is meant.
+    """
     sealed, comma, licence = text.rpartition(",") if "," in text else (text, "", "")
-    if not sealed or (comma and not licence):
+    if not sealed or (comma and not licence) or _NO_PATH.match(licence) or ".flex," in sealed:
         raise ValueError
     return Path(sealed), Path(licence) if licence else None
 
@@ -89,7 +95,7 @@ def _paths(text: str) -> tuple[Path, Path | None]:
 )
 @click.option(
     "--port",
-    type=click.IntRange(0, 65535),
+    type=Whole(0, 65535),
     default=8080,
     show_default=True,
     metavar="PORT",

@@ -12,7 +12,7 @@ import click
 from ..errors import NotFound, Usage
 from ..worlds import WORLD_NAMES
 from ..worlds.base import AdapterSource, ModelSource
-from .common import FILE
+from .common import FILE, Whole
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,19 +24,19 @@ def world_options(function: F) -> F:
         click.option(
             "--context",
             "context_tokens",
-            type=click.IntRange(16, 1 << 20),
+            type=Whole(16, 1 << 20),
             metavar="TOKENS",
             help="Length of the context. Default: the model's, at most 4096.",
         ),
         click.option(
             "--threads",
-            type=click.IntRange(1, 1024),
+            type=Whole(1, 1024),
             metavar="N",
             help="Compute threads. Default: as calibrated (`flexserve serve`), else one per processor.",
         ),
         click.option(
             "--load-workers",
-            type=click.IntRange(1, 64),
+            type=Whole(1, 64),
             metavar="N",
             help="Threads that read and decrypt weights. Default: as calibrated, else 3.",
         ),

@@ -45,7 +45,10 @@ def listen_tcp(host: str, port: int) -> socket.socket:
                 hint=f"choose another with --port, e.g. {port % 65535 + 1}",
             ) from None
         if error.errno == errno.EADDRNOTAVAIL:
-            raise Usage(f"{host} is not an address of this machine") from None
+            raise Usage(
+                f"{host} is not an address of this machine",
+                hint="`ip address` names those it has; 0.0.0.0 is all of them, 127.0.0.1 this machine only",
+            ) from None
         raise Usage(f"cannot listen on {host} port {port}: {error.strerror}") from None
     return sock
 
@@ -81,7 +84,11 @@ def check_private(directory: Path) -> None:
             f"{directory} belongs to another user", hint="give a path of your own with --admin-socket"
         )
     if info.st_mode & 0o077:
-        raise StorageFailure(f"{directory} is open to other users", hint=f"chmod 700 {directory}")
+        # Not `chmod`: the directory may be /tmp, or another that others need.
+        raise StorageFailure(
+            f"{directory.absolute()} is open to other users",
+            hint="make a directory of your own: `mkdir -m 700 DIR`, then `--admin-socket DIR/admin.sock`",
+        )
 
 
 class AdminSocket:
