@@ -80,7 +80,8 @@ def test_a_prompt_can_be_piped_in(demo: Shell) -> None:
     assert piped(RUN, "Zoë\n\n".encode())[:2] == (0, "Zoë\n")
     assert piped(f"{RUN} -", b"two words")[:2] == (0, "two words\n")
     code, out, err = piped(RUN, b"\n")
-    assert (code, out, err) == (2, "", "error: the prompt is empty (usage)\n")
+    assert (code, out) == (2, "")
+    assert err == ("error: the prompt is empty (usage)\nhint: give it as an argument, or pipe it in\n")
     assert piped(RUN, b"\xff")[2] == "error: the prompt on stdin is not UTF-8 (usage)\n"
 
 
@@ -130,6 +131,36 @@ def test_a_server_that_stops_half_way_is_one_clear_error(server: Running, demo: 
         _, err = process.communicate(timeout=60)
     assert process.returncode == 7
     assert err.startswith(b"error: the server was told to stop while it was answering (shutting_down)")
+
+
+@pytest.mark.parametrize("verb", ["run", "embed"])
+@pytest.mark.parametrize("option", ["--context 64", "--device-key d.key", "--world fake", "--license m.lic"])
+def test_what_only_a_file_can_use_is_refused_with_a_servers_model(
+    demo: Shell, verb: str, option: str
+) -> None:
+    error = demo.fails(2, f"{verb} demo {option} x")
+    assert (
+        f"error: {option.split(maxsplit=1)[0]}: only for a sealed model file, not for a server's model"
+        in error
+    )
+
+
+def test_a_device_key_in_the_environment_disturbs_no_servers_model(
+    server: Running, demo: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLEXSERVE_DEVICE_KEY", "device.key")
+    assert demo.ok("run demo", "hello") == "hello\n"
+
+
+def test_a_session_is_refused_with_a_file_which_would_forget_it(demo: Shell) -> None:
+    assert "error: --session is for a server's model" in demo.fails(2, f"{RUN} --session chat", "x")
+
+
+@pytest.mark.parametrize("verb", ["run", "embed"])
+def test_a_directory_is_no_model(demo: Shell, verb: str) -> None:
+    (demo.directory / "models").mkdir()
+    error = demo.fails(2, f"{verb} models --world fake", "x")
+    assert error.startswith("error: models is a directory (usage)\nhint: give the .flex file")
 
 
 def test_a_name_that_is_no_file_and_no_server_says_both(demo: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

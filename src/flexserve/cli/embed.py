@@ -13,7 +13,9 @@ from ..worlds import WorldOptions
 from .common import FILE, device_key_option, passphrase_option, sigterm_interrupts, vendor_pub_option
 from .run import (
     EXIT_INTERRUPTED,
-    check_no_adapter,
+    FILE_OPTIONS,
+    check_no_file_options,
+    given_options,
     is_file,
     opened_server,
     own_world,
@@ -75,7 +77,7 @@ def command(
             source = model_source(path.stem[:128], path, licence, adapter, use_copy=False)
             opened = own_world(world_name, options, source)
         else:
-            check_no_adapter(adapter)
+            check_no_file_options(adapter, given_options(FILE_OPTIONS))
             opened = opened_server(model, admin_socket)
         with opened as started:
             made: list[Finished] = []

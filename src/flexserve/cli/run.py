@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Protocol
 
 import click
+from click.core import ParameterSource
 
 from ..core import Finished, FinishReason, Message, Request, Sampling
 from ..errors import (
@@ -47,6 +48,18 @@ from .world_options import (
 )
 
 DEFAULTS = Sampling()
+FILE_OPTIONS = {  # parameters that a server's model has had already, and their options
+    "licence": "--license",
+    "device_key": "--device-key",
+    "vendor_pub": "--vendor-pub",
+    "passphrase_file": "--passphrase-file",
+    "copy": "--copy",
+    "no_copy": "--no-copy",
+    "world_name": "--world",
+    "threads": "--threads",
+    "load_workers": "--load-workers",
+    "context_tokens": "--context",
+}
 EXIT_INTERRUPTED = 130  # as shells report SIGINT
 
 
@@ -196,6 +209,11 @@ def command(
 
     with sigterm_interrupts():
         if is_file(model):
+            if session is not None:
+                raise Usage(
+                    "--session is for a server's model: one that is started for this call ends with it",
+                    hint="leave it out, or start `flexserve serve` and give the model's name",
+                )
             options = WorldOptions(
                 device_key,
                 vendor_pub,
@@ -208,7 +226,7 @@ def command(
             source = model_source(path.stem[:128], path, licence, adapter, copy=copy, use_copy=not no_copy)
             opened = own_world(world_name, options, source)
         else:
-            check_no_adapter(adapter)
+            check_no_file_options(adapter, given_options(FILE_OPTIONS))
             opened = opened_server(model, admin_socket)
         with opened as started:
             if text is None:
@@ -216,8 +234,23 @@ def command(
             return _answer_once(started, settings, text, as_json=as_json)
 
 
-def check_no_adapter(adapter: object) -> None:
-    """Raises `Usage` for an adapter where a server has the model."""
+def given_options(names: Mapping[str, str]) -> list[str]:
+    """Of those parameters, the options that stand on this command line (not in the environment)."""
+    context = click.get_current_context()
+    return [
+        option
+        for name, option in names.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+
+
+def check_no_file_options(adapter: object, given: Sequence[str]) -> None:
+    """Raises `Usage` for what only the start of a model can do, where a server has started it."""
+    if given:
+        raise Usage(
+            f"{' and '.join(given)}: only for a sealed model file, not for a server's model",
+            hint="leave it out, or give a .flex file; a server is told when it is started (`flexserve serve --help`)",
+        )
     if adapter is not None:
         raise Usage(
             "--adapter goes with a sealed model file, not with a server's model",
@@ -226,6 +259,9 @@ def check_no_adapter(adapter: object) -> None:
 
 
 def is_file(model: str) -> bool:
+    """Raises `Usage` for a directory."""
+    if Path(model).is_dir():
+        raise Usage(f"{model} is a directory", hint="give the .flex file, or the name of a server's model")
     return "/" in model or model.endswith(".flex") or Path(model).exists()
 
 
@@ -244,7 +280,7 @@ def prompt_text(argument: str | None) -> str | None:
         if any("\ud800" <= c <= "\udfff" for c in text):  # how Python passes on other bytes
             raise Usage("the prompt is not UTF-8")
     if not text:
-        raise Usage("the prompt is empty")
+        raise Usage("the prompt is empty", hint="give it as an argument, or pipe it in")
     return text
 
 
