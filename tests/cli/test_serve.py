@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
+from flexserve.engine.fake import FakeEngine
 from flexserve.errors import Usage
 from flexserve.worlds import WorldOptions
 from flexserve.worlds.base import World
-from flexserve.worlds.fake import write_fake_model
+from flexserve.worlds.fake import BUDGET, FakeWorld, write_fake_model
 
 from ..schemas import validate
 from .conftest import Shell
@@ -172,6 +173,28 @@ def test_prefetch_and_pins_reach_the_world(demo: Shell, monkeypatch: pytest.Monk
     demo.fails(2, f"{SERVE} --no-prefetch --pin demo --pin demo")
     demo.fails(2, SERVE)
     assert [(o.prefetch, o.pinned) for o in asked] == [(False, ("demo",)), (True, ())]
+
+
+def test_the_memory_limits_hold_from_the_start(serve: Serve, demo: Shell) -> None:
+    serve("--budget 512M --hard 600M --floor 1M")
+    out = demo.json("budget --json")
+    assert (out["soft_bytes"], out["hard_bytes"], out["floor_bytes"]) == (512 << 20, 600 << 20, 1 << 20)
+
+
+@pytest.mark.parametrize("world", ["fake", "linux --device-key d.key --no-calibrate"])
+def test_memory_limits_that_contradict_each_other_end_the_start(demo: Shell, world: str) -> None:
+    error = demo.fails(2, f"serve --world {world} --model demo=demo.flex --floor 2G --hard 1G")
+    assert f"the floor of {2 << 30} bytes is above the hard cap of {1 << 30} bytes (invalid_request)" in error
+
+
+def test_a_budget_with_which_no_model_answers_ends_the_start(
+    demo: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small(_name: str, options: WorldOptions) -> World:
+        return FakeWorld(FakeEngine(), budget=options.limits(BUDGET), least_bytes={"demo": 6 << 20})
+
+    monkeypatch.setattr("flexserve.cli.serve.make_world", small)
+    assert f"with a budget of {2 << 20} bytes no model answers" in demo.fails(2, f"{SERVE} --hard 2M")
 
 
 def test_listening_beyond_loopback_is_warned_about_loudly(serve: Serve) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
+from ..core import Budget, ModelStatus
 from .common import human_bytes, print_json
 from .display import printable, table, warn
 from .sizes import Size
@@ -34,12 +36,7 @@ def command(
     client = ServerClient(admin_socket)
     budget = client.budget(BudgetBody(size, hard, floor))
     if size is not None or hard is not None:
-        for model in client.ps().models:
-            if model.least_bytes > budget.soft_bytes and not model.poisoned:
-                warn(
-                    f"{printable(model.info.name)} does not answer with this budget: it needs "
-                    f"{human_bytes(model.least_bytes)} for keys and values and a window of its weights"
-                )
+        warn_of_silent(client.ps().models, budget)
     if as_json:
         print_json(msgspec.to_builtins(budget))
         return
@@ -56,3 +53,13 @@ def command(
     if budget.wanted_bytes:
         rows.append(("wanted", human_bytes(budget.wanted_bytes), "what answers in progress could use more"))
     click.echo(table(("MEMORY", "SIZE", ""), rows, right=frozenset({"SIZE"})))
+
+
+def warn_of_silent(models: Iterable[ModelStatus], budget: Budget) -> None:
+    """Name those that do not answer with this budget."""
+    for model in models:
+        if model.least_bytes > budget.soft_bytes and not model.poisoned:
+            warn(
+                f"{printable(model.info.name)} does not answer with this budget: it needs "
+                f"{human_bytes(model.least_bytes)} for keys and values and a window of its weights"
+            )

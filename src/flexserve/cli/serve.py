@@ -18,6 +18,7 @@ from ..errors import KeyPermissions, KeyProblem, Usage
 from ..sealed.files import opened
 from ..worlds import WorldOptions, make_world
 from ..worlds.base import ModelSource, World
+from .budget import warn_of_silent
 from .common import (
     FILE,
     Whole,
@@ -28,6 +29,7 @@ from .common import (
     vendor_pub_option,
 )
 from .display import layout_note, note, printable, seconds, warn
+from .sizes import Size
 from .tuning import tuned
 from .world_options import admin_socket_option, model_source, no_copy_option, world_options
 
@@ -127,6 +129,28 @@ def _paths(text: str) -> tuple[Path, Path | None]:
     help="Save conversations' KV there, encrypted, so that they outlive a restart. Default: they are kept in memory.",
 )
 @click.option(
+    "--budget",
+    "budget_bytes",
+    type=Size(),
+    metavar="SIZE",
+    help="How much memory the server may hold at the start: recalls lower it, offers raise it (docs/memory.md). "
+    "Default: three quarters of the machine's memory.",
+)
+@click.option(
+    "--hard",
+    "hard_bytes",
+    type=Size(),
+    metavar="SIZE",
+    help="The cap that no offer lifts the budget above. Default: three quarters of the machine's memory.",
+)
+@click.option(
+    "--floor",
+    "floor_bytes",
+    type=Size(),
+    metavar="SIZE",
+    help="What no recall pushes the budget below. Default: 64M.",
+)
+@click.option(
     "--memory-manager/--no-memory-manager",
     default=True,
     show_default=True,
@@ -176,6 +200,9 @@ def command(
     api_key_file: Path | None,
     user: str | None,
     session_dir: Path | None,
+    budget_bytes: int | None,
+    hard_bytes: int | None,
+    floor_bytes: int | None,
     memory_manager: bool,
     calibrate: bool,
     lazy: bool,
@@ -190,6 +217,8 @@ def command(
 ) -> None:
     """Serve models over an OpenAI-compatible API (docs/api.md) until Ctrl-C or SIGTERM."""
     from ..normal.manager import MemoryManager
+    from ..server.admin import check_answers
+    from ..server.bodies import BudgetBody
     from ..server.gate import HostRule
     from ..server.gateway import Gateway
     from ..server.listen import AdminSocket, default_admin_path, is_loopback, listen_tcp, url
@@ -217,6 +246,9 @@ def command(
             lazy,
             prefetch,
             tuple(dict.fromkeys(pinned)),
+            budget_bytes,
+            hard_bytes,
+            floor_bytes,
         ),
     )
     leave_root = _two_users(world, user)
@@ -233,6 +265,9 @@ def command(
             _register(gateway, source)
         leave_root()
         status = world.status()
+        if (budget_bytes, hard_bytes) != (None, None) and status.budget is not None:
+            check_answers(BudgetBody(budget_bytes, hard_bytes, floor_bytes), status)
+            warn_of_silent(status.models, status.budget)
         loopback = is_loopback(sock)
         address = url(sock)
 

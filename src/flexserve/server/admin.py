@@ -59,7 +59,7 @@ def admin_routes(gateway: Gateway) -> list[Route]:
             if (size := getattr(wanted, name)) is not None:
                 _check_size(name, size)
         if (wanted.soft_bytes, wanted.hard_bytes) != (None, None):
-            _check_answers(wanted, await gateway.status())
+            check_answers(wanted, await gateway.status())
         return await gateway.budget(wanted.soft_bytes, wanted.hard_bytes, wanted.floor_bytes)
 
     async def workflows(_: HttpRequest) -> Response:
@@ -88,7 +88,7 @@ def admin_routes(gateway: Gateway) -> list[Route]:
     ]
 
 
-def _check_answers(wanted: BudgetBody, status: WorldStatus) -> None:
+def check_answers(wanted: BudgetBody, status: WorldStatus) -> None:
     """A budget with which no model answers is a mistake: every request would wait in vain. A recall takes as much, and
     the memory manager gives it back to whoever asks. Raises `InvalidRequest`."""
     answering = [model for model in status.models if not model.poisoned]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import Usage
+from ..core import Budget
+from ..errors import InvalidRequest, Usage
 
 if TYPE_CHECKING:
     from .base import World
@@ -28,12 +29,28 @@ class WorldOptions:
     lazy: bool = True  # hand idle weights to the kernel lazily
     prefetch: bool = True  # load what the next request needs before it comes
     pinned: tuple[str, ...] = ()  # names of models whose weights go last
+    budget_bytes: int | None = None  # the budget at the start, and the limits it moves between
+    hard_bytes: int | None = None
+    floor_bytes: int | None = None
+
+    def limits(self, usual: Budget) -> Budget:
+        """`usual` with what is said here, by the rules of `World.budget`. Raises `InvalidRequest`."""
+        soft = usual.soft_bytes if self.budget_bytes is None else self.budget_bytes
+        hard = usual.hard_bytes if self.hard_bytes is None else self.hard_bytes
+        floor = usual.floor_bytes if self.floor_bytes is None else self.floor_bytes
+        if floor > hard:
+            raise InvalidRequest(
+                f"the floor of {floor} bytes is above the hard cap of {hard} bytes",
+                hint="lower --floor, or raise --hard",
+            )
+        return Budget(max(floor, min(soft, hard)), hard, floor, 0)
 
 
 def make_world(name: str, options: WorldOptions) -> World:
-    """The world of that name, not started. Raises `Usage`."""
+    """The world of that name, not started. Raises `Usage`, `InvalidRequest`."""
     if name == "linux":
         from .linux import LinuxWorld
+        from .linux.configured import limited
 
         if options.device_key is None:
             raise Usage("the linux world needs a device key", hint="give --device-key FILE")
@@ -48,10 +65,12 @@ def make_world(name: str, options: WorldOptions) -> World:
             lazy=options.lazy,
             prefetch=options.prefetch,
             pinned=options.pinned,
+            settings=limited(options),
         )
     if name == "fake":
         from ..engine.fake import FakeEngine, SystemClock
-        from .fake import FakeWorld
+        from .fake import BUDGET, FakeWorld
 
-        return FakeWorld(FakeEngine(clock=SystemClock(), prefill_s=0.05, token_s=0.01))
+        engine = FakeEngine(clock=SystemClock(), prefill_s=0.05, token_s=0.01)
+        return FakeWorld(engine, budget=options.limits(BUDGET))
     raise Usage(f"no world is called {name!r}", hint=f"one of {', '.join(WORLD_NAMES)}")

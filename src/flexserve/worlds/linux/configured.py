@@ -10,11 +10,13 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from ...core import Budget
 from ...errors import PassphraseWrong
 from ...framework.settings import Settings
 from ...sealed.keyfile import load_device_key, read_passphrase_file
 from ...sealed.keys import DeviceKey, VendorPublicKey
 from ...sealed.trust import TrustStore, read_public_key
+from .. import WorldOptions
 from .channel import Configure
 
 
@@ -38,16 +40,28 @@ def device_key(configure: Configure) -> DeviceKey:
     return load_device_key(configure.device_key, passphrase)
 
 
+def usual_settings() -> Settings:
+    """Without other wishes the secure world may have three quarters of the machine's memory: a normal world that
+    watches memory takes back what is too much."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
+    usual = Settings()
+    return dataclasses.replace(
+        usual, budget_bytes=memory, cap_bytes=memory, floor_bytes=min(usual.floor_bytes, memory)
+    )
+
+
+def limited(options: WorldOptions) -> Settings:
+    """The usual settings with the limits that the options say. Raises `InvalidRequest`."""
+    usual = usual_settings()
+    wanted = options.limits(Budget(usual.budget_bytes, usual.cap_bytes, usual.floor_bytes, 0))
+    return dataclasses.replace(
+        usual, budget_bytes=wanted.soft_bytes, cap_bytes=wanted.hard_bytes, floor_bytes=wanted.floor_bytes
+    )
+
+
 def framework_settings(configure: Configure, *, on_demand: bool) -> Settings:
-    """The Framework's. Without other wishes the secure world may have three quarters of the machine's memory: a normal
-    world that watches memory takes back what is too much."""
-    settings = configure.settings
-    if settings is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
-        usual = Settings()
-        settings = dataclasses.replace(
-            usual, budget_bytes=memory, cap_bytes=memory, floor_bytes=min(usual.floor_bytes, memory)
-        )
+    """The Framework's."""
+    settings = usual_settings() if configure.settings is None else configure.settings
     if configure.session_bytes is not None:
         settings = dataclasses.replace(settings, session_limit_bytes=configure.session_bytes)
     return dataclasses.replace(
