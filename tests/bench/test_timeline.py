@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from flexserve.bench.memory import Condition
 from flexserve.bench.plot import draw, require_matplotlib
 from flexserve.bench.timeline import SpanTimes, Timeline, record
 from flexserve.errors import StorageFailure, Usage
+from flexserve.flexmem.processors import PROCESSORS
 
 
 class Untouched:
@@ -41,7 +41,7 @@ def test_every_byte_of_a_cold_start_is_on_the_timeline_and_every_stage_follows_t
 ) -> None:
     model = prepare_model(tmp_path, "tiny-llama-tied", "Q8_0", lambda _text: None)
     memory = Untouched()
-    timeline = record(model, [1, 2, 3], memory, threads=len(os.sched_getaffinity(0)), context_tokens=64)
+    timeline = record(model, [1, 2, 3], memory, threads=len(PROCESSORS), context_tokens=64)
     assert memory.steps == ["prepare", "release"]
     loaded = sum(span.length_bytes for span in timeline.spans)
     assert model.weight_bytes * 0.9 < loaded <= model.source.sealed.stat().st_size
@@ -49,7 +49,7 @@ def test_every_byte_of_a_cold_start_is_on_the_timeline_and_every_stage_follows_t
         assert 0 <= s.read_begin_s <= s.read_end_s <= s.decrypt_end_s <= s.place_begin_s <= s.place_end_s
         assert 0 <= s.worker < timeline.workers
     assert timeline.ttft_s > 0
-    assert timeline.cores == len(os.sched_getaffinity(0))
+    assert timeline.cores == len(PROCESSORS)
     assert all(busy >= 0 for _, busy in timeline.compute)
 
 

@@ -172,12 +172,14 @@ def test_who_reads_on_through_small_segments_gets_more_of_them_with_each_fault(f
     try:
         for index in (150, 20, 90):
             touch(address(made, index))
+        loader.wait()
         assert made.segments_in(SegmentState.RESIDENT) == [
             20,
             90,
             150,
         ]  # rows of a prompt: no more than these
         touch(made.base, 200 * PAGE_SIZE)
+        loader.wait()  # whoever reads goes on a moment before the loader notes that it may
         assert 200 <= len(made.segments_in(SegmentState.RESIDENT)) < 208
         assert loader.times().faults < 40
         assert all(holds(made, image, made.span(i)) for i in range(1, 201))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from flexserve.cli.tuning import tuned
 from flexserve.errors import EngineFailure, StorageFailure
+from flexserve.flexmem.processors import PROCESSORS
 from flexserve.worlds.linux import calibration
 from flexserve.worlds.linux.calibration import Calibration, Rates, Tuning, choose
 from flexserve.worlds.linux.doctor import State, calibration_line
@@ -21,7 +21,7 @@ BY_COUNT = st.dictionaries(st.integers(1, 64), RATE, min_size=1)
 
 
 def here(rates: Rates) -> Calibration:
-    return Calibration(tuple(sorted(os.sched_getaffinity(0))), calibration.processor_name(), rates)
+    return Calibration(tuple(sorted(PROCESSORS)), calibration.processor_name(), rates)
 
 
 USUAL = Rates({1: 0.7 * GB, 2: 1.1 * GB, 4: 1.12 * GB}, 9.9 * GB, 4.1 * GB, {1: 8 * GB, 2: 16 * GB})
@@ -132,7 +132,7 @@ def test_every_rate_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path.write_bytes(bytes(2 << 20))
     found = calibration.measure(path)
     assert set(found.rates.read) == set(calibration.DEPTHS)
-    assert len(os.sched_getaffinity(0)) in found.rates.compute
+    assert len(PROCESSORS) in found.rates.compute
     path.write_bytes(bytes(4096))
     with pytest.raises(StorageFailure, match="too short"):
         calibration.measure(path)

@@ -237,8 +237,11 @@ def test_without_a_storage_the_kv_of_an_open_answer_stays(kit: tuple[Device, Mod
         *_, last = answer
         assert isinstance(last, Finished)
         assert last.token_ids == undisturbed
-        # It may have stopped for want of a stream's window, with its KV in memory.
-        assert not {"SaveSession", "DropSession", "RestoreSession"} & effects(world)
+        # It may have stopped for want of a stream's window, with its KV in memory. The idle one may be given up.
+        done = [line["do"] for line in map(json.loads, world.trace()) if "do" in line]
+        *_, computed = [one["session"] for one in done if one["type"] == "ComputePrompt"]
+        kinds = {"SaveSession", "DropSession", "RestoreSession"}
+        assert not [one for one in done if one["type"] in kinds and one["session"] == computed]
 
 
 def test_the_least_budget_of_a_model_is_enough_to_stream_it_and_less_is_refused(
