@@ -163,6 +163,24 @@ def test_unsaved_idle_kv_is_saved_before_it_goes() -> None:
     assert made.kvs["a/r1"].stored is not None and made.kvs["a/r1"].memory is None
 
 
+def test_a_session_that_goes_once_it_is_saved_is_read_again_before_a_prompt_goes_on_from_it() -> None:
+    made = world(replace(SETTINGS, floor_bytes=0), models="a")
+    answer(made, "r1", "a")
+    made.post(ev.PressureRecall(1, 1000 * MIB))
+    made.run("kv a/r1")  # the save has begun
+    made.post(ev.BudgetSet(200 * MIB))
+    made.ask("r2", Answer("a", "a/r2", 300, source="a/r1", matched=64))
+    made.run("request r2")
+    assert not effects(made, ef.ComputePrompt)[1:]  # it would be dropped before anybody reads it
+    made.drain()
+    made.check()
+    (restored,) = effects(made, ef.RestoreSession)
+    assert restored.effect == ef.RestoreSession("a/r1")
+    computed = effects(made, ef.ComputePrompt)[-1].effect
+    assert isinstance(computed, ef.ComputePrompt)
+    assert (computed.source, computed.reuse_tokens) == ("a/r1", 64)
+
+
 def test_past_its_deadline_a_recall_gives_up_idle_kv_that_is_not_saved() -> None:
     made = world(replace(SETTINGS, floor_bytes=0), models="a")
     answer(made, "r1", "a")
