@@ -121,6 +121,13 @@ class AddressInUse(Usage):
     default_hint = "stop the other one, or choose another --port or --admin-socket"
 
 
+class NothingToRepack(Usage):
+    """llama.cpp repacks nothing of the model on this processor (`flexserve optimize` says so and ends with 0)."""
+
+    code = "nothing_to_repack"
+    default_hint = "nothing to do: the sealed model is in execution layout already"
+
+
 class NotFound(FlexServeError):
     """A file, an endpoint, a model or a server is not there."""
 

@@ -73,4 +73,4 @@ def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(Usage) as caught:
         require_matplotlib()
-    assert "flexserve[bench]" in caught.value.hint
+    assert "pip install -e '.[bench]'" in caught.value.hint

@@ -108,15 +108,24 @@ def test_a_changed_model_is_refused_and_leaves_the_copy_that_is_there(sealed_q4:
     assert [p.name for p in shell.directory.iterdir() if ".part" in p.name] == []
 
 
-def test_a_model_with_nothing_to_repack_and_outputs_that_would_destroy_something_are_refused(
+def test_with_nothing_to_repack_there_is_nothing_to_do_and_that_is_no_error(
     sealed_q4: Shell, tmp_path: Path
 ) -> None:
     shell = sealed_q4
     write_model(shape_named("tiny-llama"), "F16", tmp_path / "f16.gguf")
     shell.ok("seal -o f16.flex --vendor vendor.key", tmp_path / "f16.gguf")
     shell.ok("license f16.flex --vendor vendor.key --device device.pub -o f16.lic")
-    said = shell.fails(2, OPTIMIZE.replace("m.flex", "f16.flex"))
-    assert "repacks nothing" in said
+    line = OPTIMIZE.replace("m.flex", "f16.flex")
+    assert "repacks nothing of" in shell.ok(line)
+    assert "nothing to do" in shell.ok(line)
+    said = shell.json(f"{line} --json")
+    validate("optimize", said)
+    assert said["path"] is None
+    assert not (shell.directory / "f16.flexcopy").exists()
+
+
+def test_outputs_that_would_destroy_something_are_refused(sealed_q4: Shell) -> None:
+    shell = sealed_q4
     for name in ("m.flex", "m.lic"):
         before = (shell.directory / name).read_bytes()
         assert "is needed as it is" in shell.fails(2, OPTIMIZE, "-o", name)

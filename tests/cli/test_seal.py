@@ -36,6 +36,16 @@ def test_bad_calls_have_their_own_exit_codes_and_leave_nothing(shell: Shell, tin
     assert {p.name for p in shell.directory.iterdir()} == before
 
 
+def test_a_sealed_model_is_not_replaced_unless_that_is_said(sealed: Shell, tiny_gguf: Path) -> None:
+    """Its licences would be useless, and no other copy may exist."""
+    before = (sealed.directory / "m.flex").read_bytes()
+    error = sealed.fails(2, "seal -o m.flex --vendor vendor.key", tiny_gguf)
+    assert error.startswith("error: m.flex exists already (usage)\nhint: give another name, or --force")
+    assert (sealed.directory / "m.flex").read_bytes() == before
+    sealed.ok("seal -o m.flex --vendor vendor.key --force", tiny_gguf)
+    assert (sealed.directory / "m.flex").read_bytes() != before
+
+
 def test_ctrl_c_and_sigterm_leave_no_file(shell: Shell, tmp_path: Path) -> None:
     shell.ok("keys vendor -o vendor.key")
     big = tmp_path / "big.gguf"

@@ -125,6 +125,20 @@ def test_a_secret_of_another_user_is_refused(tmp_path: Path) -> None:
         check_secret_file(os.stat_result(fields), path, credential=True)
 
 
+def test_a_key_that_may_not_be_read_is_a_matter_of_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_key(tmp_path / "device.key", DEVICE).secret
+
+    def denied(*_: object) -> int:  # root may read everything
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(KeyPermissions, match="you may not read") as caught:
+        load_device_key(path)
+    assert "belong to the user" in caught.value.hint
+
+
 def test_a_passphrase_opens_and_only_the_right_one(tmp_path: Path) -> None:
     path = write_key(tmp_path / "v.key", VENDOR, b"correct horse", log2_n=MIN_SCRYPT_LOG2_N).secret
     assert VENDOR.secret not in path.read_bytes()

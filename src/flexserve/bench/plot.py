@@ -1,6 +1,6 @@
 """Draws a recorded cold start as a timeline of its four stages: read, decrypt, place, compute.
 
-The only file that knows matplotlib, which is optional (`pip install 'flexserve[bench]'`).
+The only file that knows matplotlib, which is optional (`pip install -e '.[bench]'` in a clone).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def require_matplotlib() -> None:
     except ImportError:
         raise Usage(
             "drawing the plot needs matplotlib, which is not installed",
-            hint="pip install 'flexserve[bench]', or leave --plot out",
+            hint="pip install -e '.[bench]' in the clone of the repository, or leave --plot out",
         ) from None
 
 

@@ -63,10 +63,9 @@ def errors_markdown() -> str:
     """docs/errors.md."""
     text = MADE + ERRORS_HEAD
     for cls, depth in _tree(FlexServeError):
-        if depth == 1:
+        if depth <= 1:
             text += f"\n## Exit code {cls.exit_code}: {_meaning(cls)}\n\n{TABLE_HEAD}"
-        if depth > 0:
-            text += f"| `{cls.code}` | {cls.http_status} | {_meaning(cls)} | {cls.default_hint} |\n"
+        text += f"| `{cls.code}` | {cls.http_status} | {_meaning(cls)} | {cls.default_hint} |\n"
     return text
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..errors import Usage
+from ..errors import NothingToRepack, Usage
 from .common import (
     FILE,
     device_key_option,
@@ -51,8 +51,8 @@ def command(
 
     llama.cpp rearranges the weights of some quantisations for the processor (Q4_0, Q4_K, IQ4_NL and others) whenever
     it loads them. The copy has them so: encrypted anew, under a key that needs both this device and its licence.
-    The vendor's hashes are checked first. `run` and `serve` use the copy while it fits, and the sealed model,
-    which they need in any case, otherwise.
+    Where it rearranges none, no copy is made. The vendor's hashes are checked first. `run` and `serve` use the copy
+    while it fits, and the sealed model, which they need in any case, otherwise.
     """
     import msgspec
 
@@ -70,6 +70,12 @@ def command(
             world.start()
             with progress_bar("optimizing") as progress:
                 info = world.optimize(source, target, progress)
+        except NothingToRepack as none:  # as fast as can be: what was wanted is so already
+            if as_json:
+                print_json({"path": None, "why": none.message})
+            else:
+                click.echo(f"{none.message}: {none.hint}")
+            return
         finally:
             world.close()
     if as_json:

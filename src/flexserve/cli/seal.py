@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..engine.trial import try_model
+from ..errors import Usage
 from ..sealed.keyfile import load_vendor_key
 from ..sealed.seal import seal
 from .common import (
@@ -26,14 +27,29 @@ from .display import note
 @click.option("--vendor", type=FILE, required=True, metavar="FILE", help="The vendor's secret key.")
 @click.option("--id", "model_id", metavar="NAME", help="Model id. Default: made from the model's name.")
 @click.option("--version", type=int, default=1, show_default=True, help="Devices refuse to go back to less.")
+@click.option(
+    "--force", is_flag=True, help="Replace a FILE that is there: its licences do not fit the new one."
+)
 @passphrase_option
 def command(
-    *, model: Path, out: Path, vendor: Path, model_id: str | None, version: int, passphrase_file: Path | None
+    *,
+    model: Path,
+    out: Path,
+    vendor: Path,
+    model_id: str | None,
+    version: int,
+    force: bool,
+    passphrase_file: Path | None,
 ) -> None:
     """Encrypt and sign a GGUF model, or a LoRA adapter for one (docs/adapters.md).
 
     Of a split model give the first part, NAME-00001-of-000NN.gguf.
     """
+    if out.exists() and not force:
+        raise Usage(
+            f"{out} exists already",
+            hint="give another name, or --force to replace it: its licences are useless then, and new ones needed",
+        )
     key = load_vendor_key(vendor, passphrase_source(passphrase_file))
     with sigterm_interrupts(), progress_bar("sealing") as progress:
         manifest = seal(model, out, key, model_id, version, progress=progress, trial=_trial)

@@ -317,6 +317,8 @@ def _two_users(world: World, name: str | None) -> Callable[[], None]:
 
 def read_api_key(path: Path) -> bytes:
     """The key in a file only this user can read. Raises `NotFound`, `KeyProblem`."""
+    if path.exists() and not os.access(path, os.R_OK):
+        raise KeyPermissions(f"you may not read {path}")
     with opened(path, "API key file") as fd:
         if stat.S_IMODE(os.fstat(fd).st_mode) & 0o077:
             raise KeyPermissions(f"{path} is open to other users", hint=f"chmod 600 {path}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from contextlib import suppress
 from typing import Any
 
 import click
 
+from ..errors import FlexServeError
 from .common import print_json
 
 NOT_BLOCKED = NOT_MET = NOT_READY = 1
 SILENCE_S = 120.0
+CODE_IS = "flexserve: the commands' code is "
 
 
 @click.group("tz")
@@ -66,26 +70,40 @@ def bench(*, as_json: bool) -> None:
 
 @command.command("boot")
 @click.option("--fetch", is_flag=True, help="Get Debian's arm64 kernel and busybox first (60 MB, by apt).")
-@click.option("--run", "script", metavar="SCRIPT", default="", help="What Linux runs as root (busybox sh).")
-def boot(*, fetch: bool, script: str) -> None:
-    """Boot Debian's own kernel as the normal world, under the firmware, and print what it prints until it ends."""
+@click.option(
+    "--run", "commands", metavar="COMMANDS", default="", help="What Linux's shell (busybox sh) runs as root."
+)
+def boot(*, fetch: bool, commands: str) -> None:
+    """Boot Debian's own kernel as the normal world, under the firmware, and print what it prints until it ends.
+
+    Exit code 1: the commands failed, or did not end before the machine did.
+    """
     from ..worlds.trustzone import linux
     from ..worlds.trustzone.machine import Ended
 
     debian = linux.fetch() if fetch else linux.find()
-    with linux.boot(debian, script) as machine:
-        try:
-            while True:
-                click.echo(machine.line(SILENCE_S))
-        except Ended:
-            return
+    # In a shell of its own: `exit` in Linux's first process would be a panic.
+    script = f'/bin/busybox sh -c {shlex.quote(commands)}\necho "{CODE_IS}$?"' if commands else ""
+    code = None
+    with linux.boot(debian, script) as machine, suppress(Ended):
+        while True:
+            line = machine.line(SILENCE_S)
+            before, found, after = line.partition(CODE_IS)
+            if commands and found:  # what was printed without a line's end comes before
+                code, line = after.strip(), before
+            if line or not found:
+                click.echo(line)
+    if commands and code != "0":
+        ended = "did not end" if code is None else f"ended with code {code}"
+        raise FlexServeError(f"the commands {ended}: {commands}")
 
 
 @command.command("shell")
 def shell() -> None:
     """Boot Debian's own kernel under the firmware, with a root shell on this terminal; `exit` ends the machine.
 
-    `manager` is the Flex-Mem manager: it reads `give 512`, `fill 1`, `sum`, `take 512`, `stats` and `quit`.
+    `manager` is the Flex-Mem manager: it reads `give 512`, `fill 1`, `sum`, `take 512`, `stats`, `window 100` (ms),
+    `protection` and `quit`.
     """
     from ..worlds.trustzone import linux
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core import PAGE_SIZE, DeviceCopyInfo
-from ..errors import ModelMalformed, ModelUnsupported, Usage
+from ..errors import ModelMalformed, ModelUnsupported, NothingToRepack, Usage
 from ..flexmem import ggml, repack, uffd
 from ..sealed.copying import CHUNK_BYTES, CheckedImage, CopyWriter, PrivateBuffer, Progress, write_file
 from ..sealed.device_copy import (
@@ -88,8 +88,8 @@ def make_copy(
     """Write the device's copy of a model into the empty file `out`; `serial` is the opened licence's.
 
     Every segment's SHA-256 is compared with the vendor's before it is decrypted. When this raises, what was
-    written is worth nothing. Raises `Usage` where llama.cpp repacks nothing of this model, `SegmentNotAuthentic`,
-    `ModelMalformed`, `ModelUnsupported`, `StorageFailure`.
+    written is worth nothing. Raises `Usage`, `NothingToRepack`, `SegmentNotAuthentic`, `ModelMalformed`,
+    `ModelUnsupported`, `StorageFailure`.
     """
     reason = repack.why_not()
     if reason is not None:
@@ -156,12 +156,11 @@ def _uses(meta: bytes, header: GGUFHeader, sealed: SealedModel) -> list[tuple[bo
 def _tensors(
     header: GGUFHeader, sealed: SealedModel, uses: Sequence[tuple[bool, bool]]
 ) -> tuple[list[CopyTensor], int]:
-    """The copy's tensors, and the length of its BODY. Raises `Usage` when nothing is repacked."""
+    """The copy's tensors, and the length of its BODY. Raises `NothingToRepack`."""
     m = sealed.manifest
     if not any(repacked for _, repacked in uses):
-        raise Usage(
-            f"llama.cpp repacks nothing of {m.model_id} ({m.description.quantization}) on this processor",
-            hint="nothing to do: the sealed model is in execution layout already",
+        raise NothingToRepack(
+            f"llama.cpp repacks nothing of {m.model_id} ({m.description.quantization}) on this processor"
         )
     tensors: list[CopyTensor] = []
     twice: list[CopyTensor] = []

@@ -181,6 +181,8 @@ def _read_secret(path: Path, *, credential: bool, what: str, hint: str = "") -> 
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise NotFound(f"there is no {what} {path}", hint=hint) from None
+    except PermissionError:
+        raise KeyPermissions(f"you may not read {path}") from None
     except OSError as error:
         raise StorageFailure(f"cannot open {path}: {error.strerror}") from error
     with os.fdopen(fd, "rb", buffering=0) as file:  # no buffer of Python's, which nobody could wipe
