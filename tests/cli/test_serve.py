@@ -131,6 +131,30 @@ def test_a_port_in_use_is_found_out_before_models_are_loaded(demo: Shell) -> Non
     )
 
 
+def test_what_can_be_seen_at_once_is_said_before_anything_is_measured(
+    sealed: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: object) -> None:
+        raise AssertionError("it calibrates")
+
+    monkeypatch.setattr("flexserve.cli.serve.tuned", measure)
+    private = sealed.directory / "p"
+    private.mkdir(mode=0o700)
+    monkeypatch.setenv("FLEXSERVE_ADMIN_SOCKET", str(private / "a.sock"))
+    monkeypatch.delenv("FLEXSERVE_DEVICE_KEY", raising=False)
+    line = "serve --port 0 --model m=m.flex"
+    assert "needs a device key" in sealed.fails(2, line)
+    assert "there is no key file none.key" in sealed.fails(3, f"{line} --device-key none.key")
+    assert "is a public key" in sealed.fails(6, f"{line} --device-key device.pub")
+    assert "is not an address" in sealed.fails(2, f"{line} --device-key device.key --host 192.0.2.1")
+    sealed.fails(2, f"{line} --device-key device.key --user no-such-user")
+    (sealed.directory / "m.flex").write_bytes(b"GGUF" + bytes(1000))
+    assert "plain GGUF" in sealed.fails(4, f"{line} --device-key device.key")
+    (sealed.directory / "device.key").chmod(0o644)
+    assert "(key_permissions)" in sealed.fails(6, f"{line} --device-key device.key")
+    assert [p.name for p in private.glob("*.sock")] == []
+
+
 def test_a_model_that_is_refused_ends_the_start_and_frees_the_sockets(demo: Shell) -> None:
     write_fake_model(demo.directory, "foreign", vendor="nobody")
     assert "(vendor_not_trusted)" in demo.fails(4, f"{SERVE} --model f=foreign.flex")

@@ -6,8 +6,9 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import click
 from ..core import WorldStatus
 from ..errors import KeyPermissions, KeyProblem, Usage
 from ..sealed.files import opened
-from ..worlds import WorldOptions, make_world
+from ..worlds import WorldOptions, check_options, make_world
 from ..worlds.base import ModelSource, World
 from .budget import warn_of_silent
 from .common import (
@@ -35,6 +36,7 @@ from .world_options import admin_socket_option, model_source, no_copy_option, wo
 
 if TYPE_CHECKING:
     from ..server.gateway import Gateway
+    from ..worlds.linux.users import Account
 
 MIN_KEY_CHARS = 16
 _NO_PATH = re.compile("(adapter|scale)=")
@@ -232,33 +234,36 @@ def command(
             raise Usage(f"--pin {name!r} names none of the models", hint=f"there are {', '.join(names)}")
     sources = [model_source(*model, use_copy=not no_copy) for model in models]
     api_key = None if api_key_file is None else read_api_key(api_key_file)
-    tuning = tuned(threads, load_workers, sources[0].sealed if calibrate and world_name == "linux" else None)
-    world = make_world(
-        world_name,
-        WorldOptions(
-            device_key,
-            vendor_pub,
-            tuning.threads,
-            context_tokens,
-            passphrase_file,
-            session_dir,
-            tuning.load_workers,
-            lazy,
-            prefetch,
-            tuple(dict.fromkeys(pinned)),
-            budget_bytes,
-            hard_bytes,
-            floor_bytes,
-        ),
+    options = WorldOptions(
+        device_key,
+        vendor_pub,
+        threads,
+        context_tokens,
+        passphrase_file,
+        session_dir,
+        load_workers,
+        lazy,
+        prefetch,
+        tuple(dict.fromkeys(pinned)),
+        budget_bytes,
+        hard_bytes,
+        floor_bytes,
     )
-    leave_root = _two_users(world, user)
+    account = _gateway_account(user)
 
     with ExitStack() as stack:
-        # Both sockets first: a port in use should not be found out after loading models.
+        # What is soon said first: a port in use should not be found out after calibrating and loading models.
         sock = stack.enter_context(listen_tcp(host, port))
         admin = stack.enter_context(closing(AdminSocket(admin_socket or default_admin_path())))
-        stack.enter_context(closing(world))
         stack.enter_context(sigterm_interrupts())  # until the server has its own signal handlers
+        if world_name == "linux":
+            _check_files(options, sources)
+        sample = sources[0].sealed if calibrate and world_name == "linux" else None
+        tuning = tuned(threads, load_workers, sample)
+        options = replace(options, threads=tuning.threads, load_workers=tuning.load_workers)
+        world = make_world(world_name, options)
+        leave_root = _two_users(world, account)
+        stack.enter_context(closing(world))
         world.start()
         gateway = Gateway(world)
         for source in sources:
@@ -284,22 +289,47 @@ def command(
         Server(gateway, sock, hosts=hosts, admin=admin, api_key=api_key, manager=manager).run(ready)
 
 
-def _two_users(world: World, name: str | None) -> Callable[[], None]:
+def _check_files(options: WorldOptions, sources: Sequence[ModelSource]) -> None:
+    """Refuse what the secure process would refuse at the first look, before anything is measured for it.
+
+    Raises `Usage`, `NotFound`, `NotAuthentic`, `KeyProblem`, `StorageFailure`.
+    """
+    from ..sealed.keyfile import check_key_file
+    from ..sealed.reader import read_manifest
+
+    check_options("linux", options)
+    assert options.device_key is not None
+    check_key_file(options.device_key)
+    for source in sources:
+        for path in (source.sealed, *([source.adapter.sealed] if source.adapter else [])):
+            with opened(path, "sealed model") as fd:
+                read_manifest(fd)
+
+
+def _gateway_account(name: str | None) -> Account | None:
+    """Who the gateway is to become; None: nobody else. Raises `Usage`."""
+    from ..worlds.linux.users import gateway_account, may_change_user
+
+    if may_change_user():
+        return gateway_account(name)
+    if name is not None:
+        raise Usage("--user is for a server that is started as root")
+    return None
+
+
+def _two_users(world: World, account: Account | None) -> Callable[[], None]:
     """Prepare the gateway to be somebody else than the secure process; returns what makes it so, when it is ready.
 
-    Raises `Usage`, `EngineFailure`.
+    Raises `EngineFailure`.
     """
     from ..worlds.linux.doctor import installed
     from ..worlds.linux.hardening import harden_gateway
-    from ..worlds.linux.users import closed_to, gateway_account, may_change_user
+    from ..worlds.linux.users import closed_to
     from ..worlds.linux.world import LinuxWorld
 
     harden_gateway()
-    if not may_change_user():
-        if name is not None:
-            raise Usage("--user is for a server that is started as root")
+    if account is None:
         return lambda: None
-    account = gateway_account(name)
     closed = closed_to(installed(), account.uid)
     if not isinstance(world, LinuxWorld):
         return lambda: None

@@ -153,15 +153,36 @@ def _key(make: Callable[[bytes], K], secret: bytes, source: str) -> K:
         wipe(secret)
 
 
+def check_key_file(source: str, kind: Kind = "device") -> None:
+    """Refuse a secret key file that cannot be used, without looking into one that only its owner can reach.
+
+    Raises as `load_device_key`.
+    """
+    path, credential = _place(source)
+    others = 0o037 if credential else 0o077
+    if not path.is_file() or path.stat().st_mode & others or not os.access(path, os.R_OK):
+        wipe(
+            _read_secret(path, credential=credential, what="key file", hint=_how_made(path, kind, credential))
+        )
+
+
 def _load(source: str, kind: Kind, passphrase: Passphrase | None) -> tuple[bytes, str]:
-    credential = source.startswith("credential:")
-    path = _credential(source.removeprefix("credential:")) if credential else Path(source)
-    hint = f"`flexserve keys {kind} -o {path}` makes one" if not credential else ""
-    data = _read_secret(path, credential=credential, what="key file", hint=hint)
+    path, credential = _place(source)
+    data = _read_secret(path, credential=credential, what="key file", hint=_how_made(path, kind, credential))
     try:
         return decode_key(data, kind, source, passphrase), source
     finally:
         wipe(data)
+
+
+def _place(source: str) -> tuple[Path, bool]:
+    """Where the key is, and whether that is a systemd credential."""
+    credential = source.startswith("credential:")
+    return (_credential(source.removeprefix("credential:")) if credential else Path(source)), credential
+
+
+def _how_made(path: Path, kind: Kind, credential: bool) -> str:
+    return "" if credential else f"`flexserve keys {kind} -o {path}` makes one"
 
 
 def _credential(name: str) -> Path:

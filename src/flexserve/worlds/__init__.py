@@ -46,14 +46,24 @@ class WorldOptions:
         return Budget(max(floor, min(soft, hard)), hard, floor, 0)
 
 
+def check_options(name: str, options: WorldOptions) -> None:
+    """What `make_world` would refuse, without making one. Raises `Usage`, `InvalidRequest`."""
+    if name == "linux":
+        from .linux.configured import limited
+
+        if options.device_key is None:
+            raise Usage("the linux world needs a device key", hint="give --device-key FILE")
+        limited(options)
+
+
 def make_world(name: str, options: WorldOptions) -> World:
     """The world of that name, not started. Raises `Usage`, `InvalidRequest`."""
     if name == "linux":
         from .linux import LinuxWorld
         from .linux.configured import limited
 
-        if options.device_key is None:
-            raise Usage("the linux world needs a device key", hint="give --device-key FILE")
+        check_options(name, options)
+        assert options.device_key is not None
         return LinuxWorld(
             options.device_key,
             vendor_pub=options.vendor_pub,
