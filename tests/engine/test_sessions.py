@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexserve.engine.sessions import MIN_REUSE_TOKENS, Session, SessionStore, StateMemory
+from flexserve.engine.model_sessions import ModelSessions
+from flexserve.engine.sessions import MIN_REUSE_TOKENS, Session, SessionStore, StateMemory, Sums
 from flexserve.sealed.keys import DeviceKey
 from flexserve.sealed.session_file import MadeBy
 
@@ -232,6 +234,23 @@ def test_the_least_recently_used_session_makes_room(store: SessionStore) -> None
     kept = [store.find(HERE, [*some, 1]) is not None for some in ids]
     assert kept == [True, False, True, True]
     assert store.memory_bytes == 3 << 20
+
+
+def test_a_session_is_counted_for_the_name_that_made_it_and_used_by_every_name(store: SessionStore) -> None:
+    asked, never_asked = (ModelSessions(store, HERE, whole_only=False) for _ in range(2))
+    context = SimpleNamespace(
+        tokens=list(range(40)),
+        batches=[40],
+        is_whole=lambda: True,
+        state_bytes=lambda: 4096,
+        get_state=lambda _address, _size: True,
+    )
+    assert asked.keep(context, "")
+    assert asked.sums() == Sums(1, 4096, 0)
+    assert never_asked.sums() == Sums()
+    found = never_asked.match([*range(40), 7])
+    assert found is not None
+    assert found.cut == 40
 
 
 def test_a_session_larger_than_the_limit_is_not_kept(small: Opened, store: SessionStore) -> None:

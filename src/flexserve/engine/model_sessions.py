@@ -78,7 +78,7 @@ class ModelSessions:
         if not context.get_state(memory.address, size):
             memory.close()
             return False
-        self._store.keep(self._made_by, tokens, memory, key)
+        self._store.keep(self._made_by, tokens, memory, key, owner=self)
         return True
 
     # For the Framework
@@ -133,4 +133,4 @@ class ModelSessions:
         return self._made_by
 
     def sums(self) -> Sums:
-        return self._store.sums(self._made_by)
+        return self._store.sums(self._made_by, self)

@@ -74,6 +74,9 @@ class Session:
     last_used: int = 0
     readers: int = 0  # somebody copies or saves its memory: it stays
     id: str = ""  # of the Framework's
+    owner: object = (
+        None  # whose model's it is, of those that could use it; None: not known since it was saved
+    )
     leaves: bool = False  # its memory goes as soon as nobody reads it
     ends: Any = field(init=False)  # after how many tokens a batch ends
 
@@ -188,10 +191,12 @@ class SessionStore:
 
     # Keeping
 
-    def keep(self, made_by: MadeBy, tokens: Tokens, memory: StateMemory, key: str = "") -> Session:
+    def keep(
+        self, made_by: MadeBy, tokens: Tokens, memory: StateMemory, key: str = "", *, owner: object = None
+    ) -> Session:
         """Take over a blob. It replaces the session it went on from, and the one of the same name; with a `key`, the
         one of that id only."""
-        session = Session(made_by, tokens, memory, last_used=next(self._uses), id=key)
+        session = Session(made_by, tokens, memory, last_used=next(self._uses), id=key, owner=owner)
         ids = np.frombuffer(tokens.ids, np.int32)
         with self._lock:
             if key:
@@ -355,9 +360,10 @@ class SessionStore:
         with self._lock:
             return self._memory_bytes()
 
-    def sums(self, made_by: MadeBy) -> Sums:
+    def sums(self, made_by: MadeBy, owner: object) -> Sums:
+        """Of the sessions that this owner kept, not those another name of the same model did."""
         with self._lock:
-            mine = self._of(made_by)
+            mine = [s for s in self._of(made_by) if s.owner is owner or s.owner is None]
             return Sums(
                 len(mine),
                 sum(s.memory.size for s in mine if s.memory),
