@@ -200,6 +200,18 @@ def test_the_linux_world_asks_for_a_device_key(demo: Shell, monkeypatch: pytest.
     assert "the linux world needs a device key" in demo.fails(2, "run demo.flex", "x")
 
 
+def test_a_context_longer_than_the_model_was_trained_with_is_warned_about(sealed: Shell) -> None:
+    trained = sealed.json("inspect m.flex --json")["context_tokens"]
+    line = "run m.flex x --raw --device-key device.key --vendor-pub vendor.pub --max-tokens 1 --threads 1"
+    usual, longer = sealed(line), sealed(f"{line} --context {trained * 2}")
+    assert (usual.exit_code, longer.exit_code) == (0, 0)
+    assert "warning" not in usual.stderr
+    assert (
+        f"warning: m was trained with contexts of {trained} tokens, and --context gives it {trained * 2}"
+        in longer.stderr
+    )
+
+
 class Terminal:
     """`flexserve` on a terminal of its own."""
 

@@ -44,6 +44,7 @@ from .world_options import (
     admin_socket_option,
     model_source,
     no_copy_option,
+    warn_of_long_context,
     world_options,
 )
 
@@ -298,6 +299,7 @@ def own_world(world_name: str, options: WorldOptions, source: ModelSource) -> It
         registered = time.monotonic()
         if info.layout_hint:
             note(layout_note(info))
+        warn_of_long_context(world, source, info, options.context_tokens)
         yield _Started(world, source.name, started - begun, registered - started)
     finally:
         world.close()

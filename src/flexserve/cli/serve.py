@@ -32,7 +32,13 @@ from .common import (
 from .display import layout_note, note, printable, seconds, warn
 from .sizes import Size
 from .tuning import tuned
-from .world_options import admin_socket_option, model_source, no_copy_option, world_options
+from .world_options import (
+    admin_socket_option,
+    model_source,
+    no_copy_option,
+    warn_of_long_context,
+    world_options,
+)
 
 if TYPE_CHECKING:
     from ..server.gateway import Gateway
@@ -267,7 +273,7 @@ def command(
         world.start()
         gateway = Gateway(world)
         for source in sources:
-            _register(gateway, source)
+            _register(gateway, source, context_tokens)
         leave_root()
         status = world.status()
         if (budget_bytes, hard_bytes) != (None, None) and status.budget is not None:
@@ -361,7 +367,7 @@ def read_api_key(path: Path) -> bytes:
     return key
 
 
-def _register(gateway: Gateway, source: ModelSource) -> None:
+def _register(gateway: Gateway, source: ModelSource, context_tokens: int | None) -> None:
     before = time.monotonic()
     info = gateway.register(source)
     note(
@@ -372,6 +378,7 @@ def _register(gateway: Gateway, source: ModelSource) -> None:
     )
     if info.layout_hint:
         note(layout_note(info))
+    warn_of_long_context(gateway.world, source, info, context_tokens)
 
 
 def _say_ready(address: str, names: list[str], status: WorldStatus) -> None:

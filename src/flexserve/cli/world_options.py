@@ -9,10 +9,13 @@ from typing import Any, TypeVar
 
 import click
 
+from ..core import ModelInfo
 from ..errors import NotFound, Usage
+from ..sealed.files import opened
 from ..worlds import WORLD_NAMES
-from ..worlds.base import AdapterSource, ModelSource
+from ..worlds.base import AdapterSource, ModelSource, World
 from .common import FILE, Whole
+from .display import printable, warn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -130,6 +133,24 @@ def model_source(
         path, its_licence, scale = adapter
         added = AdapterSource(path, _licence_of(path, its_licence, "sealed adapter"), scale)
     return ModelSource(name, sealed, licence, copy, use_copy, added)
+
+
+def warn_of_long_context(world: World, source: ModelSource, info: ModelInfo, wanted: int | None) -> None:
+    """Say so when `--context` gives a model more than it was trained with. `info`: what it was registered as.
+
+    The sealed file's own description says what it was trained with; that it is authentic is known by now.
+    """
+    from ..sealed.reader import read_manifest
+
+    if wanted is None or world.name == "fake":
+        return
+    with opened(source.sealed, "sealed model") as fd:
+        trained = read_manifest(fd).manifest.description.context_tokens
+    if 0 < trained < wanted and trained < info.context_tokens:
+        warn(
+            f"{printable(source.name)} was trained with contexts of {trained} tokens, and --context gives it {wanted}: "
+            "what it says beyond them may make no sense"
+        )
 
 
 def _licence_of(sealed: Path, licence: Path | None, what: str) -> Path:
