@@ -42,7 +42,13 @@ echo 'flexserve:x:990:' >> "$ROOT/etc/group"
 rm -rf "$ROOT/opt/flexserve"
 chroot "$ROOT" {PYTHON} -m venv --without-pip /opt/flexserve
 site=$(echo "$ROOT"/opt/flexserve/lib/python3.*/site-packages)
-printf '%s\\n' {shlex.join([*SITES, str(ROOT / "src")])} > "$site/flexserve.pth"
+number=0
+for lib in {shlex.join([*SITES, str(ROOT / "src")])}; do  # a checkout may lie where the unit may not look
+  number=$((number + 1))
+  mkdir -p "$ROOT/opt/flexserve/libs/$number"
+  mount --bind "$lib" "$ROOT/opt/flexserve/libs/$number"
+  echo "/opt/flexserve/libs/$number" >> "$site/flexserve.pth"
+done
 program="$ROOT/opt/flexserve/bin/flexserve"
 printf '#!/opt/flexserve/bin/python3 -B\\nfrom flexserve.cli import main\\nmain()\\n' > "$program"
 chmod 755 "$program"
