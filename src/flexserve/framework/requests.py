@@ -178,9 +178,8 @@ def prepare(records: Records, request: RequestRecord) -> None:
             records.do(RestoreSession(source.name), Why.CONTINUES_SESSION, nbytes=source.nbytes)
         if source.state in (SessionState.STORED, SessionState.RESTORING, SessionState.DROPPING):
             return _wait(records, request)
-        if (
-            source is not own and source.goes
-        ):  # it is dropped once it is saved, whoever reads it: restore it then
+        # One that goes is dropped once it is saved, whoever reads it: it is restored then.
+        if source is not own and source.goes:
             return _wait(records, request)
     elif own.state == SessionState.RESTORING:
         return _wait(records, request)
