@@ -135,7 +135,7 @@ static bool on_reaches_all(struct outcome *out, bool twin) {
 
 /* Off and on again and again, with Flex-Mem in between, while the other CPU reads, and is in EL2 as often as it can be. */
 static u32 stop_storm;
-static u64 storm_seen, storm_reads;
+static u64 storm_seen, storm_reads, storm_turns;
 static u64 read_and_call(u64 address, u64 unused) {
     u64 value;
     (void)unused;
@@ -143,6 +143,7 @@ static u64 read_and_call(u64 address, u64 unused) {
         value = 0;
         storm_reads += guarded(load, address, 0, &value) == 0;
         storm_seen |= value == CANARY;
+        __atomic_fetch_add(&storm_turns, 1, __ATOMIC_RELEASE);
         guarded(hvc, CALL_VERSION, 0, &value); /* undefined while it is off */
     }
     return 0;
@@ -153,7 +154,7 @@ static bool switch_storm(struct outcome *out, bool twin) {
     s64 status = ABI_OK;
     (void)twin;
     stop_storm = 0;
-    storm_seen = storm_reads = 0;
+    storm_seen = storm_reads = storm_turns = 0;
     second_begin(read_and_call, VICTIM, 0);
     u64 until = read_reg(cntpct_el0) + 3 * read_reg(cntfrq_el0); /* a busy host is slow */
     while (status == ABI_OK && switched < 100 && (switched < 3 || read_reg(cntpct_el0) < until)) {
@@ -163,6 +164,10 @@ static bool switch_storm(struct outcome *out, bool twin) {
             status = on();
         switched += status == ABI_OK;
         give(VICTIM, 1);
+        /* Long enough for a whole read of the other CPU, also where it runs only now and then. */
+        u64 turns = __atomic_load_n(&storm_turns, __ATOMIC_ACQUIRE) + 2;
+        while (__atomic_load_n(&storm_turns, __ATOMIC_ACQUIRE) < turns && read_reg(cntpct_el0) < until)
+            pause();
         reclaim(1, ABI_MODE_SYNC, &taken);
     }
     __atomic_store_n(&stop_storm, 1, __ATOMIC_RELEASE);
